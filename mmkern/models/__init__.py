@@ -1,0 +1,1 @@
+"""Whole systems, one file each."""
