@@ -1,0 +1,1 @@
+"""Trainer, stages, gradient cache, parameter groups and checkpoints."""
