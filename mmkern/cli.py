@@ -1,0 +1,288 @@
+"""The ``mmkern`` command: train a recipe, evaluate a run, say what runs where.
+
+Everything heavy is imported inside the commands, so ``mmkern --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmkern.train.recipe import Recipe
+
+TRAIN_HELP = """\
+Train what a recipe describes. A recipe is a YAML file: the name of one that comes with mmkern, or a
+path that ends in .yaml. Any key can be changed on the command line, with dots for nesting.
+
+examples:
+  mmkern train clip-emoji
+      CLIP from scratch on emoji of five vendors, a few minutes on two CPU cores
+  mmkern train clip-emoji train.epochs=2 output_dir=runs/short
+  mmkern train clip-emoji train.loss=torch output_dir=runs/plain
+      the same run through plain PyTorch's N x N loss, to compare
+  torchrun --nproc_per_node 8 -m mmkern.cli train clip-vit-b-32 'data.path=PAIRS/{0000..4999}.tar'
+      the paper's ViT-B/32; the same recipe on any number of GPUs
+
+A run that was stopped goes on from its last checkpoint when the same command is given again.
+"""
+
+RECIPE_KEYS = """\
+Keys are explained in docs/training.md, and with their defaults by
+`python -m pydoc mmkern.train.recipe`.
+"""
+
+EVAL_HELP = """\
+Measure a trained run and write RUN/metrics.json and pictures of the results beside it.
+
+examples:
+  mmkern eval runs/clip-emoji
+      zero-shot accuracy on vendors that were never trained on, beside chance and pixel lookup;
+      prompt wordings, retrieval, linear probe, robustness; about a minute on two CPU cores
+  mmkern eval runs/clip-emoji evaluation.batch_size=64
+"""
+
+INFO_HELP = """\
+Versions, devices, and which implementation (cpp, triton, reference) each operator runs on, and why.
+
+example:
+  mmkern info
+"""
+
+
+class _Command(argparse.ArgumentParser):
+    """A parser with a last part of its help that is only made when the help is shown."""
+
+    ending: Callable[[], str] | None = None
+
+    def format_help(self) -> str:
+        self.epilog = self.ending() if self.ending else None
+        return super().format_help()
+
+
+def _shipped_recipes() -> str:
+    """The recipes that come with mmkern, each with the first line of its file."""
+    lines = ["recipes that come with mmkern:"]
+    folder = resources.files("mmkern") / "recipes"
+    for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if file.name.endswith(".yaml"):
+            with file.open(encoding="utf-8") as text:
+                first = text.readline()
+            lines.append(f"  {file.name.removesuffix('.yaml')}\n      {first.lstrip('# ').strip()}")
+    return "\n".join([*lines, "", RECIPE_KEYS])
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    top = argparse.ArgumentParser(
+        prog="mmkern",
+        description="Kernels, models and trainers for vision-language training.",
+        epilog="`mmkern COMMAND --help` explains a command with examples.",
+    )
+    commands = top.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=_Command
+    )
+
+    def add(
+        name: str, summary: str, text: str, run: Callable[[argparse.Namespace], int]
+    ) -> _Command:
+        made: _Command = commands.add_parser(
+            name,
+            help=summary,
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(run=run)
+        return made
+
+    train = add("train", "train a recipe", TRAIN_HELP, _train)
+    train.ending = _shipped_recipes
+    train.add_argument("recipe", metavar="RECIPE", help="name of a recipe, or a path to a .yaml")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="change a recipe's key")
+    evaluate = add("eval", "measure a trained run", EVAL_HELP, _evaluate)
+    evaluate.add_argument("directory", metavar="RUN", help="directory that `mmkern train` wrote")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="change a recipe's key")
+    add("info", "versions, devices, backends", INFO_HELP, _info)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it worked, 2 with one line on stderr when the user can mend it."""
+    chosen = parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = chosen.run
+    try:
+        return run(chosen)
+    except UserError as error:
+        print(f"mmkern {chosen.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"mmkern {chosen.command}: stopped", file=sys.stderr)
+        return 130
+
+
+class UserError(Exception):
+    """What the user can mend; shown as one line without a traceback."""
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Turn what a wrong key, a missing file or a missing package raises into ``UserError``.
+
+    Any other exception, even a ValueError, is a defect and keeps its traceback.
+    """
+    try:
+        # First, since it is what a package without the `train` extra fails at.
+        from mmkern.data import ImageError, PairError, ShardError
+        from mmkern.train.checkpoint import CheckpointError
+        from mmkern.train.recipe import RecipeError
+    except ImportError as error:
+        raise UserError(f"{error}; pip install 'mmkern[train,data]'") from error
+    try:
+        yield
+    except (RecipeError, CheckpointError, PairError, ShardError, ImageError) as error:
+        raise UserError(_one_line(error)) from error
+    except (FileNotFoundError, ImportError) as error:
+        raise UserError(_one_line(error)) from error
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error)
+    if text.startswith("Caught "):  # in a loader's worker: its whole traceback, the error last
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split())
+
+
+def _train(chosen: argparse.Namespace) -> int:
+    with _user_errors():
+        from mmkern.train.recipe import load_recipe
+        from mmkern.train.run import finished, train
+
+        recipe = load_recipe(chosen.recipe, chosen.overrides)
+        already = finished(recipe.output_dir) is not None
+        metrics = train(recipe)
+    if _first_process():
+        print(
+            f"{'already trained: ' if already else ''}"
+            f"{metrics['steps']:,} steps over {metrics['pairs']:,} pairs in "
+            f"{metrics['train_seconds']:.0f} s, loss {metrics['loss']:.3f}; "
+            f"next: mmkern eval {recipe.output_dir}"
+        )
+    return 0
+
+
+def _evaluate(chosen: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    if wrong := [o for o in chosen.overrides if not o.startswith("evaluation.")]:
+        raise UserError(f"{wrong[0]}: only keys under evaluation can change after training")
+    directory = Path(chosen.directory)
+    with _user_errors():
+        from mmkern.train.recipe import load_recipe
+        from mmkern.train.run import RECIPE_FILE, load_run, write_metrics
+
+        _, model = load_run(directory)
+        recipe = load_recipe(directory / RECIPE_FILE, chosen.overrides)
+        measure = _measure_emoji if recipe.data.source == "emoji" else _measure_pairs
+        metrics = measure(directory, recipe, model)
+    metrics["eval_seconds"] = round(time.perf_counter() - started, 1)
+    print(_report(recipe, write_metrics(directory, metrics)))
+    written = sorted(path.name for path in directory.glob("*.png"))
+    print(f"\nwritten to {directory}: {', '.join(['metrics.json', *written])}")
+    return 0
+
+
+def _measure_emoji(directory: Path, recipe: Recipe, model: Any) -> dict[str, Any]:
+    """Zero-shot on held-out vendors and all that goes with it; draws into ``directory``."""
+    from mmkern import data
+    from mmkern.eval import emoji_report
+    from mmkern.eval.emoji import EmojiEncoder
+    from mmkern.eval.plots import plot_losses
+
+    source, options = recipe.data, recipe.evaluation.options
+    trained = source.options.get("vendors", data.emoji.VENDORS)
+    try:
+        emoji_report.check_options(options, trained, source.options.get("reserve"))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    encoder = EmojiEncoder(
+        model,
+        data.ClipTokenizer(source.vocabulary, model.config.context_length),
+        data.PixelTransform(source.mean or data.MEAN, source.std or data.STD),
+        batch_size=recipe.evaluation.batch_size,
+    )
+    if history := _loss_history(directory):  # none yet if the run was killed early
+        chance = math.log(recipe.train.batch_size)
+        plot_losses(history, directory / "losses.png", chance=chance)
+    return emoji_report.evaluate(
+        encoder,
+        directory,
+        trained=trained,
+        templates=recipe.evaluation.templates or ("{}",),
+        reserve=source.options.get("reserve"),
+        progress=lambda part: print(f"measuring {part}", file=sys.stderr, flush=True),
+        **options,
+    )
+
+
+def _measure_pairs(directory: Path, recipe: Recipe, model: Any) -> dict[str, Any]:
+    """Retrieval both ways on the pairs of ``evaluation.options.path``."""
+    from torch.utils.data import DataLoader
+
+    from mmkern.eval.retrieval import encode_pairs, recall_at_k
+    from mmkern.train.run import build_data
+
+    options = recipe.evaluation.options
+    if set(options) - {"path", "pairs"} or "path" not in options:
+        raise UserError(
+            "evaluation.options needs path (pairs to test on, stored as the training data is) and "
+            f"takes pairs (how many of them), got {sorted(options)}"
+        )
+    source = dataclasses.replace(recipe.data, path=options["path"], augment=None)
+    pairs = build_data(dataclasses.replace(recipe, data=source), model)
+    loader = DataLoader(pairs.dataset, recipe.evaluation.batch_size, collate_fn=pairs.collator)
+    image, text = encode_pairs(model, loader, options.get("pairs", 5000))
+    return {"retrieval": recall_at_k(image, text), "retrieval_pairs": len(image)}
+
+
+def _loss_history(directory: Path) -> list[tuple[float, float]]:
+    from mmkern.train.checkpoint import STATE, complete_checkpoints
+
+    state = complete_checkpoints(directory)[-1] / STATE
+    history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+    return [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+
+
+def _report(recipe: Recipe, metrics: dict[str, Any]) -> str:
+    if recipe.data.source == "emoji":
+        from mmkern.eval.emoji_report import table
+
+        return table(metrics)
+    rows = metrics["retrieval"].items()
+    return "\n".join(f"{name:<20}{100 * value:6.1f}%" for name, value in rows)
+
+
+def _info(chosen: argparse.Namespace) -> int:
+    from mmkern import _library
+
+    rows = _library.info()
+    width = max(len(what) for what, _ in rows)
+    for what, value in rows:
+        print(f"{what:<{width}}  {value}")
+    return 0
+
+
+def _first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
