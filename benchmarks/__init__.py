@@ -1,0 +1,1 @@
+"""The benchmark suite: `pytest benchmarks` measures, `python -m benchmarks.report` renders."""

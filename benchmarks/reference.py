@@ -1,0 +1,58 @@
+"""mmkern's own function on its plain PyTorch reference: what the kernels gain over it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.case import Loss
+
+
+def on_reference(op: str, kernels: tuple[str, ...]) -> Loss:
+    """`mmkern.ops.<op>` with `kernels` replaced by their references, its backward included.
+
+    Args:
+        op: the operator's name.
+        kernels: suffixes of its registered schemas, as in "fwd", "bwd".
+    """
+    # By name: in mmkern.ops the function hides its module.
+    module = importlib.import_module(f"mmkern.ops.{op}")
+    reference = importlib.import_module(f"mmkern.ops.{op}.reference")
+    replaced = {f"_{kernel}": getattr(reference, f"{op}_{kernel}") for kernel in kernels}
+    function: Loss = getattr(module, op)
+
+    def patched() -> contextlib.AbstractContextManager[Any]:
+        return mock.patch.multiple(module, **replaced)
+
+    def call(*inputs: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            loss: Tensor = _Within.apply(patched, function, *inputs)
+            return loss
+        with patched():
+            return function(*inputs)
+
+    return call
+
+
+class _Within(torch.autograd.Function):
+    """A function whose forward and backward both run inside a context."""
+
+    @staticmethod
+    def forward(ctx: Any, context: Callable[[], Any], function: Loss, *inputs: Tensor) -> Tensor:
+        ctx.context = context
+        ctx.inner = [x.detach().requires_grad_() for x in inputs]
+        with context(), torch.enable_grad():
+            ctx.loss = function(*ctx.inner)
+        loss: Tensor = ctx.loss.detach()
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with ctx.context():
+            return None, None, *torch.autograd.grad(ctx.loss, ctx.inner, grad)
