@@ -81,15 +81,15 @@ class RowShard:
         _all_gather(out.view(-1, *padded.shape[1:]), padded, group=self.group)
         return self._unpad(out)
 
-    def exchange(self, columns: Tensor) -> Tensor:
-        """[sum(texts)] statistics of local rows -> [W, texts[rank]], all ranks' for my texts."""
+    def log_sum_exp(self, columns: Tensor) -> Tensor:
+        """[sum(texts)] log-sum-exps over local rows -> [texts[rank]], over all ranks' rows."""
         if self.world == 1:
-            return columns[None]
+            return columns
         widest = max(self.texts)
         parts = [_pad(part, widest) for part in columns.split(self.texts)]
         out = columns.new_empty(self.world, widest)
         dist.all_to_all_single(out, torch.stack(parts), group=self.group)
-        return out[:, : self.texts[self.rank]]
+        return out[:, : self.texts[self.rank]].logsumexp(0)
 
     def reduce_scatter(self, partial: Tensor) -> Tensor:
         """Sum of all ranks' [sum(texts), D] tensors; this rank keeps its own rows."""

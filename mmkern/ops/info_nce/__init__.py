@@ -160,7 +160,7 @@ def _forward(
     count, own = sum(shard.images), shard.texts[shard.rank]
     row, column, diagonal = _fwd(image, texts, scale, shard.offset, *kept)
     # Column statistics cover local rows only: collect all ranks' for the texts of this one.
-    column = torch.logsumexp(shard.exchange(column), 0)[: image.shape[0]]
+    column = shard.log_sum_exp(column)[: image.shape[0]]
     # LSE - S_ii as log(1 + exp(negatives - S_ii)): exact where the loss is far below 1.
     row_margin, column_margin = row - diagonal, column - diagonal
     zero = torch.zeros_like(diagonal)
@@ -220,22 +220,23 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
     own = slice(start, start + image.shape[0])
     dtype = row_lse.dtype
     positive = positive[:, None]
+    images = image.to(dtype)  # once, not by every product below
     if mask[0]:
         d_image.addcmul_(positive, texts[own])
         if ctx.smoothing:
             d_image -= ctx.smoothing * _mean_text(texts, count, shard, dtype)
     if mask[1]:
-        d_text[own].addcmul_(positive, image)
+        d_text[own].addcmul_(positive, images)
         if ctx.smoothing:
             weight = shard.labelled(texts.device).to(dtype) / count + 1 / texts.shape[0]
-            mean_image = image.sum(0, dtype=dtype) * ctx.smoothing
+            mean_image = images.sum(0) * ctx.smoothing
             d_text.addcmul_(weight[:, None], mean_image, value=-1)
 
     # DDP divides by the number of ranks; scaling by it here leaves the global gradient.
     factor = grad.to(dtype) * (shard.world / (2 * count))
     d_scale = None
     if want_scale:
-        products = (d_image, image) if mask[0] else (d_text, texts)
+        products = (d_image, images) if mask[0] else (d_text, texts)
         d_scale = (products[0] * products[1]).sum(dtype=dtype) * factor
         d_scale = d_scale.to(scale.dtype).view(scale.shape)
     factor = factor * scale.to(dtype).view(())
