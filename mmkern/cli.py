@@ -186,10 +186,13 @@ def _evaluate(chosen: argparse.Namespace) -> int:
         raise UserError(f"{wrong[0]}: only keys under evaluation can change after training")
     directory = Path(chosen.directory)
     with _user_errors():
+        import torch
+
         from mmkern.train.recipe import load_recipe
         from mmkern.train.run import RECIPE_FILE, load_run, write_metrics
 
         _, model = load_run(directory)
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         recipe = load_recipe(directory / RECIPE_FILE, chosen.overrides)
         measure = _measure_emoji if recipe.data.source == "emoji" else _measure_pairs
         metrics = measure(directory, recipe, model)
@@ -241,6 +244,8 @@ def _measure_pairs(directory: Path, recipe: Recipe, model: Any) -> dict[str, Any
     from mmkern.train.run import build_data
 
     options = recipe.evaluation.options
+    if recipe.evaluation.templates:
+        raise UserError("evaluation.templates: only emoji are tested zero-shot, not pairs")
     if set(options) - {"path", "pairs"} or "path" not in options:
         raise UserError(
             "evaluation.options needs path (pairs to test on, stored as the training data is) and "

@@ -49,7 +49,10 @@ KINDS = {
 
 
 class EmojiEncoder:
-    """A CLIP with its tokenizer and transform: pictures and texts to embeddings, in eval mode."""
+    """A CLIP with its tokenizer and transform: pictures and texts to embeddings, in eval mode.
+
+    The model computes where it lies; embeddings are returned on the CPU.
+    """
 
     def __init__(
         self,
@@ -77,8 +80,9 @@ class EmojiEncoder:
         key = (id(view), project)
         if key not in self._features:
             parts = self.pixels(view).split(self.batch_size)
-            features = torch.cat([self.model.visual(part, project=project) for part in parts])
-            self._features[key] = (view, features)
+            device = self.model.device
+            found = [self.model.visual(part.to(device), project=project) for part in parts]
+            self._features[key] = (view, torch.cat(found).cpu())
         return self._features[key][1]
 
     @torch.no_grad()
@@ -86,8 +90,8 @@ class EmojiEncoder:
         """[n, D]. Each vendor is asked about the same prompts, so what was encoded is kept."""
         new = [text for text in dict.fromkeys(texts) if text not in self._texts]
         if new:
-            features: Tensor = self.model.encode_text(self.tokenizer(new))
-            self._texts.update(zip(new, features, strict=True))
+            tokens = self.tokenizer(new).to(self.model.device)
+            self._texts.update(zip(new, self.model.encode_text(tokens).cpu(), strict=True))
         return torch.stack([self._texts[text] for text in texts])
 
 

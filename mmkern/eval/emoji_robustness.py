@@ -157,7 +157,8 @@ def _small(pixels: Tensor, size: int) -> Tensor:
 
 @torch.no_grad()
 def _features(tower: nn.Module, pixels: Tensor, **options: Any) -> Tensor:
-    return torch.cat([tower(part, **options) for part in pixels.split(256)])
+    device = next(tower.parameters()).device
+    return torch.cat([tower(part.to(device), **options).cpu() for part in pixels.split(256)])
 
 
 def _clip_models(

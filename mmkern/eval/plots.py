@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 
-def _figure(width: float, height: float) -> Any:
+def agg_figure(width: float, height: float) -> Any:
+    """An empty figure of that many inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -28,7 +29,7 @@ def plot_losses(
     """
     if not history:
         raise ValueError("plot_losses: expected at least one pair (step, loss), got none")
-    figure = _figure(6.4, 4.0)
+    figure = agg_figure(6.4, 4.0)
     axes = figure.add_subplot()
     axes.plot([step for step, _ in history], [loss for _, loss in history], color="tab:blue")
     if chance is not None:
@@ -64,7 +65,7 @@ def plot_predictions(
             f"got {len(images)}, {len(best)} and {len(right)}"
         )
     rows = -(-len(images) // columns)
-    figure = _figure(2.1 * columns, 2.35 * rows + 0.4)
+    figure = agg_figure(2.1 * columns, 2.35 * rows + 0.4)
     for place, (image, names, truth) in enumerate(zip(images, best, right, strict=True)):
         axes = figure.add_subplot(rows, columns, place + 1)
         axes.imshow(image.numpy(), interpolation="nearest")

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmkern.eval.plots import agg_figure
 from mmkern.eval.ranking import Answers, answer_sets
 
 
@@ -116,7 +117,7 @@ def fine_tune(
     changed.
 
     Args:
-        tower: module from pixels [B, 3, H, W] to features [B, D].
+        tower: module from pixels [B, 3, H, W] to features [B, D]; it is trained where it lies.
         pixels: [N, 3, H, W], preprocessed.
         labels: [N] integers in [0, classes).
         classes: number of classes C.
@@ -134,12 +135,14 @@ def fine_tune(
             f"got {len(labels)} and {len(pixels)}"
         )
     tower = copy.deepcopy(tower).train().requires_grad_(True)
+    device = next(tower.parameters()).device
+    pixels, labels = pixels.to(device), labels.to(device)
     with torch.no_grad():
         width = tower(pixels[:1]).shape[-1]
     start = torch.zeros(width, classes) if head is None else head.float()
     if tuple(start.shape) != (width, classes):
         raise ValueError(f"fine_tune: expected head [{width}, {classes}], got {tuple(start.shape)}")
-    linear = nn.Linear(width, classes).to(pixels.device)
+    linear = nn.Linear(width, classes).to(device)
     with torch.no_grad():
         linear.weight.copy_(start.T)
         linear.bias.zero_()
@@ -149,7 +152,7 @@ def fine_tune(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     for epoch in range(epochs):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(len(pixels), generator=generator).to(pixels.device)
+        order = torch.randperm(len(pixels), generator=generator).to(device)
         for rows in order.split(batch_size):
             loss = F.cross_entropy(model(pixels[rows]), labels[rows])
             optimizer.zero_grad(set_to_none=True)
@@ -171,7 +174,8 @@ def classification_accuracy(
         answers: right classes, as :func:`mmkern.eval.zero_shot.topk_accuracy` takes them.
         batch_size: pictures at a time.
     """
-    best = [model(pixels[i : i + batch_size]).argmax(1) for i in range(0, len(pixels), batch_size)]
+    device = next(model.parameters()).device
+    best = [model(part.to(device)).argmax(1) for part in pixels.split(batch_size)]
     return prediction_accuracy(torch.cat(best), answers)
 
 
@@ -198,12 +202,8 @@ def plot_robustness(
     Returns:
         The fit that was drawn.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     fit = fit_baseline(points)
-    figure = Figure(figsize=(6.4, 5.2))
-    FigureCanvasAgg(figure)
+    figure = agg_figure(6.4, 5.2)
     axes = figure.add_subplot()
     low = min(min(p.in_distribution, p.shifted) for p in points)
     high = max(max(p.in_distribution, p.shifted) for p in points)

@@ -155,7 +155,7 @@ class EvaluationConfig:
     Attributes:
         batch_size: pictures or texts encoded at once.
         templates: prompts with one ``{}``, averaged into a classifier; the first alone is reported
-            beside the ensemble.
+            beside the ensemble. For data with names (emoji).
         options: further settings of the source's evaluation (vendors to test on, for example).
     """
 

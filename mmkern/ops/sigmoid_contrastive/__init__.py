@@ -136,14 +136,15 @@ class _SigmoidContrastive(torch.autograd.Function):
         dtype = row_loss.dtype
         own = slice(shard.offset, shard.offset + image.shape[0])
         positive = -(-diagonal).sigmoid()
+        images = image.to(dtype)  # once, not by every product below
         if mask[0]:
             d_image.addcmul_(positive[:, None], texts[own])
         if mask[1]:
-            d_text[own].addcmul_(positive[:, None], image)
+            d_text[own].addcmul_(positive[:, None], images)
         d_bias = (row_grad + positive).sum()
         d_scale = torch.zeros_like(d_bias)
         if want_scale:
-            products = (d_image, image) if mask[0] else (d_text, texts)
+            products = (d_image, images) if mask[0] else (d_text, texts)
             d_scale = (products[0] * products[1]).sum(dtype=dtype)
         ctx.save_for_backward(d_image, shard.reduce_scatter(d_text), scale, d_scale, bias, d_bias)
         ctx.factor, ctx.dtype = shard.world / sum(shard.images), image.dtype
