@@ -6,6 +6,7 @@ import gc
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 OURS = "mmkern"
 MODES = ("fwd", "fwd+bwd")
 WIDTH = 512
-Loss = Callable[..., Tensor]
+FP64_FLOPS = {"cpu": 1.2e12, "cuda": 4e13}  # beyond, a case is not compared with fp64
+Loss = Callable[..., Tensor]  # or any function with one output
 
 
 class UnavailableError(Exception):
@@ -25,24 +27,28 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: N pairs of width D.
+    """One measurement.
 
     Attributes:
-        distribution: "random" (unit vectors, scale 1/0.07) or "trained" (cosines of about 0.39
-            for pairs and 0.16 for others, scale 100).
+        shape: sizes by name, such as N pairs of width D; ``case["N"]`` reads one.
+        distribution: what the inputs hold. Contrastive losses: "random" (unit vectors, scale
+            1/0.07) or "trained" (cosines of about 0.39 for pairs and 0.16 for others, scale 100).
         only: names of the variants to run; empty means all.
     """
 
-    n: int
+    shape: dict[str, int]
     dtype: str
     mode: str
-    d: int = WIDTH
     distribution: str = "random"
     device: str = "cpu"
     only: tuple[str, ...] = ()
 
+    def __getitem__(self, size: str) -> int:
+        return self.shape[size]
+
     def __str__(self) -> str:
-        return f"{self.mode}-{self.dtype}-{self.distribution}-{self.n}x{self.d}"
+        size = "x".join(str(value) for value in self.shape.values())
+        return f"{self.mode}-{self.dtype}-{self.distribution}-{size}"
 
 
 @dataclass(frozen=True)
@@ -59,30 +65,42 @@ class Variant:
     """One implementation. `make` imports what it needs and returns the loss function.
 
     Attributes:
-        quadratic: keeps N² numbers, so it is left out where they do not fit.
+        kept: bytes that it holds at its peak, all copies; beyond half the memory it is left out.
         compiles: its first call compiles for the shape at hand; left out of the short form.
     """
 
     make: Callable[[], Loss]
-    quadratic: bool = False
+    kept: Callable[[Case], float] = lambda case: 0.0
     devices: tuple[str, ...] = ("cpu", "cuda")
     compiles: bool = False
 
 
 @dataclass(frozen=True)
 class Suite:
-    """An operator's benchmark. Other processes find it by name, as `module.SUITE`."""
+    """An operator's benchmark. Other processes find it by name, as `module.SUITE`.
+
+    Attributes:
+        cases: the grid of a plan.
+        inputs: of a case. Those that require a gradient get one; others are passed on (None too).
+        names: of the inputs that require a gradient.
+        exact: run in fp64.
+        small: a case of the same kind that is quick, to warm a process up.
+        flops: work of a case; by default what the operator's registered formulas count.
+        read_bytes: the least that a case moves; by default inputs once and gradients once.
+        kernel: the registered operator whose backend rows name; by default ``<op>_fwd``.
+    """
 
     op: str
     module: str
+    cases: Callable[[Plan], Iterator[Case]]
     variants: dict[str, Variant]
-    inputs: Callable[[Case], tuple[Tensor, ...]]
-    names: tuple[str, ...]  # of the inputs
-    exact: Loss  # run in fp64
-    largest: int  # the size that only ours runs at
-
-    def cases(self, plan: Plan) -> Iterator[Case]:
-        return contrastive_cases(plan, self.largest)
+    inputs: Callable[[Case], tuple[Any, ...]]
+    names: tuple[str, ...]
+    exact: Loss
+    small: Callable[[Case], Case]
+    flops: Callable[[Case], int] | None = None
+    read_bytes: Callable[[Case], int] | None = None
+    kernel: str = ""
 
 
 def load(module: str) -> Suite:
@@ -98,7 +116,7 @@ def contrastive_cases(plan: Plan, largest: int) -> Iterator[Case]:
         for n in plan.sizes or (512, 1024):
             for dtype in dtypes:
                 for mode in MODES if plan.sizes else ("fwd+bwd",):
-                    yield Case(n, dtype, mode, device=device)
+                    yield Case({"N": n, "D": WIDTH}, dtype, mode, device=device)
         return
     for dtype in dtypes:
         if device == "cuda":
@@ -109,15 +127,27 @@ def contrastive_cases(plan: Plan, largest: int) -> Iterator[Case]:
         else:
             grid = [(2**k, WIDTH) for k in range(9, 15)]
         for n, d in grid:
-            yield Case(n, dtype, "fwd+bwd", d, device=device)
+            yield Case({"N": n, "D": d}, dtype, "fwd+bwd", device=device)
         for n in (1024, 8192):
-            yield Case(n, dtype, "fwd", device=device)
+            yield Case({"N": n, "D": WIDTH}, dtype, "fwd", device=device)
         # Scaled logits far apart: other rounding, and peers that skip small gradients gain.
-        yield Case(4096, dtype, "fwd+bwd", distribution="trained", device=device)
+        shape = {"N": 4096, "D": WIDTH}
+        yield Case(shape, dtype, "fwd+bwd", distribution="trained", device=device)
     if largest:
         sizes = (262_144, 1_048_576) if device == "cuda" else (largest,)
         for n in sizes:
-            yield Case(n, "bfloat16", "fwd+bwd", device=device, only=(OURS,))
+            shape = {"N": n, "D": WIDTH}
+            yield Case(shape, "bfloat16", "fwd+bwd", device=device, only=(OURS,))
+
+
+def few_rows(case: Case) -> Case:
+    """The same with at most 256 pairs."""
+    return replace(case, shape={**case.shape, "N": min(case["N"], 256)})
+
+
+def dense_bytes(case: Case) -> float:
+    """What a contrastive loss that keeps its N² logits takes, all copies."""
+    return 20.0 * case["N"] ** 2
 
 
 def features(case: Case) -> tuple[Tensor, Tensor]:
@@ -125,11 +155,11 @@ def features(case: Case) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def unit(rows: int) -> Tensor:
-        return F.normalize(torch.randn(rows, case.d, generator=generator), dim=1)
+        return F.normalize(torch.randn(rows, case["D"], generator=generator), dim=1)
 
-    image, text = unit(case.n), unit(case.n)
+    image, text = unit(case["N"]), unit(case["N"])
     if case.distribution == "trained":
-        shared = 0.16**0.5 * unit(1) + 0.23**0.5 * unit(case.n)
+        shared = 0.16**0.5 * unit(1) + 0.23**0.5 * unit(case["N"])
         image = F.normalize(shared + 0.61**0.5 * image, dim=1)
         text = F.normalize(shared + 0.61**0.5 * text, dim=1)
     elif case.distribution != "random":
@@ -144,41 +174,47 @@ def scalar(value: float, case: Case) -> Tensor:
     return torch.tensor(value, device=case.device, requires_grad=True)
 
 
-def step(loss: Loss, inputs: Sequence[Tensor], mode: str) -> list[Tensor]:
-    """The loss and, in "fwd+bwd", the gradients of all inputs."""
+def step(loss: Loss, inputs: Sequence[Any], mode: str) -> list[Tensor]:
+    """The result and, in "fwd+bwd", gradients of the inputs that require one (upstream: ones)."""
     if mode == "fwd":
         with torch.no_grad():
             return [loss(*inputs)]
     value = loss(*inputs)
-    return [value.detach(), *torch.autograd.grad(value, inputs)]
+    wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    return [value.detach(), *torch.autograd.grad(value, wanted, torch.ones_like(value))]
 
 
 def flops(suite: Suite, case: Case) -> int:
     """By the formulas that the operator registers, so there is one source for them."""
+    if suite.flops is not None:
+        return suite.flops(case)
     ours = suite.variants[OURS].make()
-    small = suite.inputs(replace(case, n=2, device="cpu"))
-    shapes = [(case.n, *x.shape[1:]) if x.dim() else () for x in small]
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
-        fakes = [
-            torch.empty(shape, dtype=x.dtype, device=case.device, requires_grad=True)
-            for shape, x in zip(shapes, small, strict=True)
-        ]
-        step(ours, fakes, case.mode)
+        step(ours, suite.inputs(case), case.mode)
     return int(counter.get_total_flops())
 
 
-def compulsory_bytes(case: Case) -> int:
-    """Features read once and, with a backward, their gradients written once."""
-    size = 2 * case.n * case.d * getattr(torch, case.dtype).itemsize
-    return size * (2 if case.mode == "fwd+bwd" else 1)
+def compulsory_bytes(suite: Suite, case: Case) -> int:
+    """Inputs read once and, with a backward, their gradients written once."""
+    if suite.read_bytes is not None:
+        return suite.read_bytes(case)
+    with FakeTensorMode():
+        tensors = [x for x in suite.inputs(case) if isinstance(x, Tensor)]
+    read = sum(x.nbytes for x in tensors)
+    return read + (case.mode == "fwd+bwd") * sum(x.nbytes for x in tensors if x.requires_grad)
 
 
-def exact_outputs(suite: Suite, case: Case, inputs: Sequence[Tensor]) -> list[Tensor] | None:
+def exact_outputs(suite: Suite, case: Case, inputs: Sequence[Any]) -> list[Tensor] | None:
     """What a step should give: fp64 on the same (rounded) inputs. None where it takes minutes."""
-    if case.n > (65_536 if case.device == "cuda" else 16_384):
+    if flops(suite, case) > FP64_FLOPS[case.device]:
         return None
-    wide = [x.detach().double().requires_grad_() for x in inputs]
-    return step(suite.exact, wide, case.mode)
+    return step(suite.exact, [_wide(x) for x in inputs], case.mode)
+
+
+def _wide(x: Any) -> Any:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    return x.detach().double().requires_grad_(x.requires_grad)
 
 
 def errors(

@@ -34,9 +34,6 @@ from mmkern import _library
 
 Bench = Callable[[Suite, Case], None]
 
-# Bytes a logit costs while a dense loss runs, all copies; beyond half the memory it is left out.
-BYTES_PER_LOGIT = 20
-
 
 @dataclass
 class Session:
@@ -92,8 +89,8 @@ class Session:
             why = ""
             if variant.compiles and self.plan.short:
                 why = "long form only"
-            elif variant.quadratic and BYTES_PER_LOGIT * case.n**2 > _memory(case.device) / 2:
-                why = f"{BYTES_PER_LOGIT} N² bytes are more than half of the memory"
+            elif variant.kept(case) > _memory(case.device) / 2:
+                why = "what it keeps takes more than half of the memory"
             elif name != OURS and self._products(suite, case) > self.longest:
                 why = f"its matrix products alone take over {self.longest:.0f} s"
             else:
@@ -110,7 +107,7 @@ class Session:
         return flops(suite, case) / self.calibration.gemm[case.dtype]
 
     def _check(
-        self, suite: Suite, case: Case, losses: dict[str, Loss], inputs: tuple[Tensor, ...]
+        self, suite: Suite, case: Case, losses: dict[str, Loss], inputs: tuple[Any, ...]
     ) -> tuple[dict[str, dict[str, float]], dict[str, float], int]:
         """Errors against fp64 and the time of a first (warm) call, by variant; gradient bytes.
 
@@ -159,15 +156,15 @@ class Session:
     ) -> Row:
         p20, p50, p80 = quantiles(samples)
         work = flops(suite, case)
-        limit = self.calibration.limit(case.dtype, work, compulsory_bytes(case))
-        where = self.provenance
+        limit = self.calibration.limit(case.dtype, work, compulsory_bytes(suite, case))
+        where, kernel = self.provenance, suite.kernel or f"{suite.op}_fwd"
         return Row(
             op=suite.op,
             variant=name,
-            backend=_library.backend(f"{suite.op}_fwd", case.device)[0] if name == OURS else "",
+            backend=_library.backend(kernel, case.device)[0] if name == OURS else "",
             mode=case.mode,
             dtype=case.dtype,
-            shape={"N": case.n, "D": case.d},
+            shape=case.shape,
             distribution=case.distribution,
             p20_ms=_rounded(p20 * 1e3),
             p50_ms=_rounded(p50 * 1e3),
@@ -192,7 +189,7 @@ class Session:
 
 
 def _call(
-    loss: Loss, inputs: tuple[Tensor, ...], mode: str, keep: list[Tensor] | None = None
+    loss: Loss, inputs: tuple[Any, ...], mode: str, keep: list[Tensor] | None = None
 ) -> Callable[[], None]:
     """A step as a call without arguments; its outputs go to `keep` or are freed."""
 

@@ -14,15 +14,13 @@ import gc
 import multiprocessing
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.case import Case, Loss, load, step
 
-WARM_ROWS = 256
 # What every child would import again: the caller's main module and torch's lazy parts among it.
 PRELOADED = ["pytest", "torch._dynamo", "mmkern.ops", "benchmarks.harness"]
 
@@ -57,12 +55,11 @@ def _measure(send: Connection, module: str, variant: str, case: Case, threads: i
     suite = load(module)
     chosen = suite.variants[variant]
     loss = chosen.make()
-    rows = case.n if chosen.compiles else min(case.n, WARM_ROWS)
-    step(loss, suite.inputs(replace(case, n=rows)), case.mode)
+    step(loss, suite.inputs(case if chosen.compiles else suite.small(case)), case.mode)
     send.send(growth(loss, suite.inputs(case), case.mode))
 
 
-def growth(loss: Loss, inputs: Sequence[Tensor], mode: str) -> int:
+def growth(loss: Loss, inputs: Sequence[Any], mode: str) -> int:
     """Growth of this process's peak resident memory over a step, in bytes (Linux)."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # freed heap that a step could reuse unseen
@@ -83,7 +80,7 @@ def _status(key: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {key}")
 
 
-def cuda_peak_bytes(loss: Loss, inputs: Sequence[Tensor], mode: str) -> int:
+def cuda_peak_bytes(loss: Loss, inputs: Sequence[Any], mode: str) -> int:
     """Peak bytes above what is allocated now, gradients included, of a CUDA step."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

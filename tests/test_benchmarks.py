@@ -96,9 +96,9 @@ def test_long_form_covers_the_promised_sizes() -> None:
     suite = cases.load("benchmarks.ops.info_nce")
     found = list(suite.cases(Plan("cpu", short=False)))
     for dtype in ("float32", "bfloat16"):
-        assert Case(8192, dtype, "fwd+bwd") in found
-        assert {c.n for c in found if c.dtype == dtype} >= {512, 1024, 2048, 4096, 8192, 16384}
-    assert [c.only for c in found if c.n == 65_536] == [("mmkern",)]
+        assert Case({"N": 8192, "D": 512}, dtype, "fwd+bwd") in found
+        assert {c["N"] for c in found if c.dtype == dtype} >= {512, 1024, 2048, 4096, 8192, 16384}
+    assert [c.only for c in found if c["N"] == 65_536] == [("mmkern",)]
     assert any(c.distribution == "trained" for c in found)
 
 
@@ -107,12 +107,17 @@ def test_work_is_counted_by_the_registered_formula() -> None:
     for op, factor in zip(OPS, (8, 6), strict=True):
         suite = cases.load(f"benchmarks.ops.{op}")
         for mode, expected in (("fwd", 2), ("fwd+bwd", factor)):
-            assert cases.flops(suite, Case(4096, "bfloat16", mode)) == expected * 4096**2 * 512
+            assert (
+                cases.flops(suite, Case({"N": 4096, "D": 512}, "bfloat16", mode))
+                == expected * 4096**2 * 512
+            )
 
 
 def test_trained_features_have_the_stated_cosines() -> None:
     """Else errors are measured on inputs that no trained model gives."""
-    image, text = cases.features(Case(512, "float32", "fwd", distribution="trained"))
+    image, text = cases.features(
+        Case({"N": 512, "D": 512}, "float32", "fwd", distribution="trained")
+    )
     cosines = image @ text.T
     assert cosines.diagonal().mean().item() == pytest.approx(0.39, abs=0.02)
     others = cosines.sum() - cosines.trace()
@@ -123,7 +128,7 @@ def test_trained_features_have_the_stated_cosines() -> None:
 def test_dense_and_chunked_agree_with_ours(op: str) -> None:
     """Else the variants compute different things and their times mean nothing."""
     suite = cases.load(f"benchmarks.ops.{op}")
-    inputs = suite.inputs(Case(1100, "float32", "fwd+bwd", d=8))  # two chunks
+    inputs = suite.inputs(Case({"N": 1100, "D": 8}, "float32", "fwd+bwd"))  # two chunks
     ours = cases.step(suite.variants["mmkern"].make(), inputs, "fwd+bwd")
     for name in ("dense", "chunked", "reference"):
         other = cases.step(suite.variants[name].make(), inputs, "fwd+bwd")
@@ -144,7 +149,7 @@ def test_reference_variant_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(module, name, partial(spy, name, getattr(module, name)))
     suite = cases.load("benchmarks.ops.info_nce")
     loss = suite.variants["reference"].make()
-    cases.step(loss, suite.inputs(Case(8, "float32", "fwd+bwd", d=4)), "fwd+bwd")
+    cases.step(loss, suite.inputs(Case({"N": 8, "D": 4}, "float32", "fwd+bwd")), "fwd+bwd")
     assert called == ["info_nce_fwd", "info_nce_bwd"]
 
 
@@ -157,7 +162,7 @@ def test_a_wrong_result_is_not_timed() -> None:
     rates = Calibration({"float32": 1e12, "bfloat16": 1e12}, 1e11)
     session = Session(Plan("cpu", short=True), rates, rows.Provenance.of("cpu"), 0.01, 40.0, None)
     with pytest.raises(ValueError, match="wrong result"):
-        session.run(wrong, Case(16, "float32", "fwd+bwd", d=8), None)
+        session.run(wrong, Case({"N": 16, "D": 8}, "float32", "fwd+bwd"), None)
     assert not session.rows
 
 

@@ -10,7 +10,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import peers
-from benchmarks.case import OURS, Case, Suite, Variant, features, scalar
+from benchmarks.case import (
+    OURS,
+    Case,
+    Suite,
+    Variant,
+    contrastive_cases,
+    dense_bytes,
+    features,
+    few_rows,
+    scalar,
+)
 from benchmarks.harness import Bench
 from benchmarks.reference import on_reference
 from mmkern import ops
@@ -51,13 +61,14 @@ def chunked(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
 SUITE = Suite(
     op="info_nce",
     module=__name__,
+    cases=partial(contrastive_cases, largest=65_536),
     variants={
         OURS: Variant(lambda: ops.info_nce),
         "reference": Variant(partial(on_reference, "info_nce", ("fwd", "bwd"))),
-        "dense": Variant(lambda: dense, quadratic=True),
-        "open_clip": Variant(partial(peers.open_clip, "ClipLoss"), quadratic=True),
+        "dense": Variant(lambda: dense, kept=dense_bytes),
+        "open_clip": Variant(partial(peers.open_clip, "ClipLoss"), kept=dense_bytes),
         "chunked": Variant(lambda: chunked),
-        "compiled": Variant(partial(peers.compiled, dense), quadratic=True, compiles=True),
+        "compiled": Variant(partial(peers.compiled, dense), kept=dense_bytes, compiles=True),
         "inf-cl": Variant(peers.inf_cl, devices=("cuda",)),
         "cce": Variant(partial(peers.cut_cross_entropy, "cce"), devices=("cuda",)),
         "cce_exact": Variant(partial(peers.cut_cross_entropy, "cce_exact"), devices=("cuda",)),
@@ -65,7 +76,7 @@ SUITE = Suite(
     inputs=inputs,
     names=("image", "text", "scale"),
     exact=chunked,
-    largest=65_536,
+    small=few_rows,
 )
 
 

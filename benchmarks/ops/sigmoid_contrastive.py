@@ -10,7 +10,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import peers
-from benchmarks.case import OURS, Case, Suite, Variant, features, scalar
+from benchmarks.case import (
+    OURS,
+    Case,
+    Suite,
+    Variant,
+    contrastive_cases,
+    dense_bytes,
+    features,
+    few_rows,
+    scalar,
+)
 from benchmarks.harness import Bench
 from benchmarks.reference import on_reference
 from mmkern import ops
@@ -50,18 +60,19 @@ def chunked(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
 SUITE = Suite(
     op="sigmoid_contrastive",
     module=__name__,
+    cases=partial(contrastive_cases, largest=0),
     variants={
         OURS: Variant(lambda: ops.sigmoid_contrastive),
         "reference": Variant(partial(on_reference, "sigmoid_contrastive", ("fwd", "fwd_bwd"))),
-        "dense": Variant(lambda: dense, quadratic=True),
-        "open_clip": Variant(partial(peers.open_clip, "SigLipLoss"), quadratic=True),
+        "dense": Variant(lambda: dense, kept=dense_bytes),
+        "open_clip": Variant(partial(peers.open_clip, "SigLipLoss"), kept=dense_bytes),
         "chunked": Variant(lambda: chunked),
-        "compiled": Variant(partial(peers.compiled, dense), quadratic=True, compiles=True),
+        "compiled": Variant(partial(peers.compiled, dense), kept=dense_bytes, compiles=True),
     },
     inputs=inputs,
     names=("image", "text", "scale", "bias"),
     exact=chunked,
-    largest=0,
+    small=few_rows,
 )
 
 
