@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")
     add("--seconds", type=float, default=0.0, help="time for the rounds of a case; 0: 10, short 1")
     add("--longest", type=float, default=40.0, help="leave out peers with matrix products beyond")
-    add("--against", default="dense", help="the variant that ratios are printed against")
+    add("--against", default="", help="variant that ratios are printed against; else the op's peer")
     add("--record", action="store_true", help="append a row a variant to the device's file")
     add("--results", default=str(rows.RESULTS), help="directory of the files of rows")
 

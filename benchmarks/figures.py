@@ -20,6 +20,7 @@ def series(op: str, rows: list[Row]) -> Points:
         row
         for row in rows
         if (row.op, row.mode, row.distribution) == (op, "fwd+bwd", "random")
+        and "N" in row.shape
         and row.shape["D"] == 512
     ]
     result: Points = {"time, ms": {}, "peak memory, MiB": {}}

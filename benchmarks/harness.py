@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import rows
+from benchmarks import rows, tables
 from benchmarks.calibration import Calibration, clock
 from benchmarks.case import (
     OURS,
@@ -220,9 +220,13 @@ def summary(session: Session, against: str) -> list[str]:
         f"{where.device}, {where.isa}, {where.threads} threads: a @ b.T {gemm} TFLOP/s, "
         f"copy {best.copy / 1e9:.3g} GB/s",
         f"{'case':<54}{'variant':<20}{'p50 ms':>11}{'p20':>11}{'p80':>11}{'rounds':>7}"
-        f"{'× ' + against:>9}{'MiB':>8}{'error':>8}{'sol':>6}",
+        f"{'× ' + (against or 'peer'):>9}{'MiB':>8}{'error':>8}{'sol':>6}",
     ]
-    base = {_of_case(row): row.p50_ms for row in session.rows if row.variant == against}
+    base = {
+        _of_case(row): row.p50_ms
+        for row in session.rows
+        if row.variant == (against or tables.against(row.op))
+    }
     for row in session.rows:
         other = base.get(_of_case(row))
         ratio = f"{other / row.p50_ms:.2f}" if other else ""

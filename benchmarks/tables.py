@@ -9,9 +9,10 @@ from benchmarks.case import OURS
 from benchmarks.rows import Row
 
 NO_ROWS = "_No rows recorded yet._"
-AGAINST = "dense"
+AGAINST = {"attention": "sdpa", "linear_cross_entropy": "compacted"}  # others: the dense formula
 HEADLINE = 8192  # the size of the acceptance case
 DTYPES = ("float32", "bfloat16")
+TRAINED = "trained"  # features that are there for their rounding, not for their time
 
 
 def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
@@ -66,54 +67,73 @@ def _by_place(rows: list[Row], one: Callable[[list[Row]], str]) -> str:
     return "\n\n".join(part for part in parts if part) or NO_ROWS
 
 
+def against(op: str) -> str:
+    """The variant that ours is set against."""
+    return AGAINST.get(op, "dense")
+
+
+def _size(row: Row) -> tuple[str, str]:
+    """What its line is called, and the sizes that go into the title: N varies, others seldom do."""
+    if "N" in row.shape:
+        others = (f"{name} = {value:,}" for name, value in row.shape.items() if name != "N")
+        return f"{row.shape['N']:,}", ", ".join(others)
+    label = " x ".join(f"{value:,}" for value in row.shape.values())
+    return f"{label}, {row.distribution}", ""
+
+
 def _cells(rows: list[Row], cell: Callable[[Row | None], str], ratio: bool) -> str:
-    """N down, variants across, one table for each width, dtype and mode."""
+    """Sizes down, variants across, one table for each mode, dtype and width."""
     parts = []
-    groups = _grouped(rows, lambda row: (row.mode, row.dtype, row.shape["D"]))
-    for (mode, dtype, width), group in sorted(groups.items(), key=lambda item: str(item[0])):
+    groups = _grouped(rows, lambda row: (row.mode, row.dtype, _size(row)[1]))
+    for key, group in sorted(groups.items(), key=lambda item: str(item[0])):
         variants = list(dict.fromkeys(row.variant for row in group))
         names = {row.variant: _backend(row) for row in group}
-        header = ["N", *(names[variant] for variant in variants)]
-        header += [f"× {AGAINST}", "sol"] if ratio else []
+        peer, sizes = against(group[0].op), group[0].shape
+        header = ["N" if "N" in sizes else " x ".join(sizes), *(names[v] for v in variants)]
+        header += [f"× {peer}", "sol"] if ratio else []
         body = []
-        for n, cases in sorted(_grouped(group, lambda row: row.shape["N"]).items()):
+        group = sorted(group, key=lambda row: (tuple(row.shape.values()), row.distribution))
+        for label, cases in _grouped(group, lambda row: _size(row)[0]).items():
             found = {row.variant: row for row in cases}
-            line = [f"{n:,}", *(cell(found.get(variant)) for variant in variants)]
+            line = [label, *(cell(found.get(variant)) for variant in variants)]
             if ratio:
                 ours = found.get(OURS)
                 sol = "–" if ours is None else f"{ours.sol:.2f}"
-                line += [_ratio(ours, found.get(AGAINST)), sol]
+                line += [_ratio(ours, found.get(peer)), sol]
             body.append(line)
-        parts.append(f"**{mode}, {dtype}, D = {width}**\n\n{markdown(header, body)}")
+        title = ", ".join(part for part in key if part)
+        parts.append(f"**{title}**\n\n{markdown(header, body)}")
     return "\n\n".join([*parts, origin(rows)])
 
 
 def time(op: str, rows: list[Row]) -> str:
-    """Median milliseconds of random features, ours against the dense formula, and sol."""
-    chosen = [row for row in rows if row.op == op and row.distribution == "random"]
+    """Median milliseconds, ours against one peer, and sol."""
+    chosen = [row for row in rows if row.op == op and row.distribution != TRAINED]
     return _by_place(chosen, lambda group: _cells(group, _milliseconds, ratio=True))
 
 
 def memory(op: str, rows: list[Row]) -> str:
     """Peak MiB above the inputs, forward and backward."""
     chosen = [
-        row for row in rows if (row.op, row.distribution, row.mode) == (op, "random", "fwd+bwd")
+        row for row in rows if (row.op, row.mode) == (op, "fwd+bwd") and row.distribution != TRAINED
     ]
     return _by_place(chosen, lambda group: _cells(group, _mebibytes, ratio=False))
 
 
 def error(op: str, rows: list[Row]) -> str:
-    """Relative error against fp64 of loss and gradients on trained-like features."""
-    chosen = [row for row in rows if row.op == op and row.distribution == "trained" and row.errors]
+    """Relative error against fp64, gradients included, on trained-like features where there are."""
+    judged = [row for row in rows if (row.op, row.mode) == (op, "fwd+bwd") and row.errors]
+    chosen = [row for row in judged if row.distribution == TRAINED] or judged
 
     def one(group: list[Row]) -> str:
         names = list(dict.fromkeys(name for row in group for name in row.errors))
         body = [
-            [_backend(row), row.dtype, f"{row.shape['N']:,}"]
+            [_backend(row), row.dtype, _size(row)[0]]
             + [f"{row.errors[name]:.1e}" if name in row.errors else "–" for name in names]
             for row in group
         ]
-        return f"{markdown(['variant', 'dtype', 'N', *names], body)}\n\n{origin(group)}"
+        size = "N" if "N" in group[0].shape else " x ".join(group[0].shape)
+        return f"{markdown(['variant', 'dtype', size, *names], body)}\n\n{origin(group)}"
 
     return _by_place(chosen, one)
 
@@ -126,7 +146,7 @@ def headline(ops: Sequence[str], rows: list[Row]) -> str:
         if row.op in ops
         and row.mode == "fwd+bwd"
         and row.distribution == "random"
-        and (row.shape["N"], row.shape["D"]) == (HEADLINE, 512)
+        and row.shape == {"N": HEADLINE, "D": 512}
     ]
 
     def one(group: list[Row]) -> str:
@@ -134,14 +154,14 @@ def headline(ops: Sequence[str], rows: list[Row]) -> str:
         for op, of_op in _grouped(group, lambda row: row.op).items():
             found = {(row.variant, row.dtype): row for row in of_op}
             for dtype in DTYPES:
-                ours, peer = found.get((OURS, dtype)), found.get((AGAINST, dtype))
+                ours, peer = found.get((OURS, dtype)), found.get((against(op), dtype))
                 if ours is None:
                     continue
                 peak = f"{_mebibytes(ours)} / {_mebibytes(peer)}"
-                against = [_milliseconds(peer), _ratio(ours, peer)]
-                against.append(_ratio(ours, found.get((AGAINST, "float32"))))
+                beside = [_milliseconds(peer), _ratio(ours, peer)]
+                beside.append(_ratio(ours, found.get((against(op), "float32"))))
                 body.append(
-                    [f"{op}, {dtype}", _milliseconds(ours), *against, f"{ours.sol:.2f}", peak]
+                    [f"{op}, {dtype}", _milliseconds(ours), *beside, f"{ours.sol:.2f}", peak]
                 )
         header = [
             f"N = {HEADLINE:,}, D = 512",

@@ -38,7 +38,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> list[rows.Row]:
     command += ["--threads", "1", "--device", "cpu", "--record", "--results", str(results)]
     done = subprocess.run(command, cwd=rows.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "× dense" in done.stdout and "OPS" in done.stdout  # our table and pytest-benchmark's
+    assert "× peer" in done.stdout and "OPS" in done.stdout  # our table and pytest-benchmark's
     (path,) = results.glob("*.jsonl")
     return rows.read(path)
 
