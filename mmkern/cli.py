@@ -1,4 +1,4 @@
-"""The ``mmkern`` command: train a recipe, evaluate a run, say what runs where.
+"""The ``mmkern`` command: train a recipe, evaluate a run, draw a mask, say what runs where.
 
 Everything heavy is imported inside the commands, so ``mmkern --help`` answers at once.
 """
@@ -50,6 +50,21 @@ examples:
       zero-shot accuracy on vendors that were never trained on, beside chance and pixel lookup;
       prompt wordings, retrieval, linear probe, robustness; about a minute on two CPU cores
   mmkern eval runs/clip-emoji evaluation.batch_size=64
+"""
+
+MASK_HELP = """\
+Draw which keys (across) each query row (down) may attend to: the masks of BLIP-2, InstructBLIP,
+Flamingo and language models, as mmkern.layout.RowIntervals builds them. Without NAME, all of them.
+
+examples:
+  mmkern mask stage1
+      BLIP-2's contrast and generation in one pass, at a size that fits a terminal
+  mmkern mask multimodal_causal queries=32 text=24 lengths=17
+      24 text slots of which 17 hold tokens
+  mmkern mask causal prefix=32 length=16 left_pads=5 --png mask.png
+      an image, five pads, then text, as processors pad to the left; also as a picture
+  mmkern mask media image_of_token=0,1,1,2 latents=3 images=2 all_previous=1
+      Flamingo: the image that each token belongs to, 0 for none
 """
 
 INFO_HELP = """\
@@ -112,6 +127,13 @@ def parser() -> argparse.ArgumentParser:
     evaluate = add("eval", "measure a trained run", EVAL_HELP, _evaluate)
     evaluate.add_argument("directory", metavar="RUN", help="directory that `mmkern train` wrote")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="change a recipe's key")
+    mask = add("mask", "draw an attention mask", MASK_HELP, _mask)
+    mask.ending = _known_masks
+    mask.add_argument("name", nargs="?", metavar="NAME", help="one of the masks below")
+    mask.add_argument(
+        "sizes", nargs="*", metavar="key=value", help="change a size; lists by commas"
+    )
+    mask.add_argument("--png", metavar="FILE", type=Path, help="write a picture as well")
     add("info", "versions, devices, backends", INFO_HELP, _info)
     return top
 
@@ -282,6 +304,97 @@ def _info(chosen: argparse.Namespace) -> int:
     width = max(len(what) for what, _ in rows)
     for what, value in rows:
         print(f"{what:<{width}}  {value}")
+    return 0
+
+
+# A mask's arguments at a size that shows its form; None is absent.
+MASKS: dict[str, dict[str, Any]] = {
+    "unimodal": {"queries": 4, "text": 8, "lengths": [6], "left_pads": None},
+    "bidirectional": {"queries": 4, "text": 8, "lengths": [6], "left_pads": None},
+    "multimodal_causal": {"queries": 4, "text": 8, "lengths": [6], "left_pads": None},
+    "stage1": {"queries": 4, "text": 8, "lengths": [6], "left_pads": None},
+    "full": {"queries": 4, "keys": 12, "lengths": [9], "left_pads": None},
+    "causal": {"length": 8, "prefix": 4, "lengths": None, "left_pads": [2]},
+    "prefix_lm": {"prefix": 4, "length": 8, "lengths": [6], "left_pads": None},
+    "media": {"image_of_token": [0, 1, 1, 1, 2, 2], "latents": 3, "images": 2, "all_previous": 0},
+    "packed": {"documents": [0, 0, 0, 0, 1, 1, 1, -1], "causal": 1, "prefix": [1, 1] + 6 * [0]},
+}
+
+
+def _known_masks() -> str:
+    """Every mask with its arguments, as they are typed."""
+    lines = ["masks, with the sizes that are drawn unless changed:"]
+    for name, sizes in MASKS.items():
+        lines.append(f"  {name:<18} {' '.join(f'{k}={_typed(v)}' for k, v in sizes.items())}")
+    return "\n".join(lines)
+
+
+def _typed(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else "" if value is None else value
+
+
+def draw_mask(name: str, changes: Sequence[str] = (), png: Path | None = None) -> str:
+    """A mask as text, its sizes changed by `key=value`."""
+    import torch
+
+    from mmkern.layout import RowIntervals
+
+    if name not in MASKS:
+        raise UserError(f"no mask is called {name!r}; there are {', '.join(MASKS)}")
+    sizes = dict(MASKS[name])
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals or key not in sizes:
+            raise UserError(f"{change}: expected key=value, key one of {', '.join(sizes)}")
+        try:
+            numbers = [int(part) for part in value.split(",") if part]
+        except ValueError:
+            raise UserError(f"{change}: expected whole numbers, separated by commas") from None
+        many = isinstance(MASKS[name][key], list) or key in ("lengths", "left_pads")
+        if not many and (len(numbers) != 1 or numbers[0] < 0):
+            raise UserError(f"{change}: expected one number that is not negative")
+        sizes[key] = (numbers or None) if many else numbers[0]
+    one_row = {"image_of_token", "documents", "prefix"}
+    arguments: dict[str, Any] = {
+        key: torch.tensor([value] if key in one_row else value)
+        if isinstance(value, list)
+        else value
+        for key, value in sizes.items()
+    }
+    if name == "packed":
+        arguments["causal"] = bool(arguments["causal"])
+        if arguments["prefix"] is not None:
+            arguments["prefix"] = arguments["prefix"].bool()
+    try:
+        mask = getattr(RowIntervals, name)(**arguments)
+    except ValueError as error:
+        raise UserError(_one_line(error)) from error
+    rows: list[tuple[str, int]] = [
+        (part, sizes[part])
+        for part in ("queries", "prefix", "text", "length")
+        if isinstance(sizes.get(part), int) and sizes[part] > 0
+    ]
+    keys = rows
+    if name == "stage1":
+        keys = rows = [*rows, ("text'", sizes["text"])]
+    elif name == "full":
+        keys = [("keys", sizes["keys"])]
+    elif name == "media":
+        keys = [(f"image {i + 1}", sizes["latents"]) for i in range(sizes["images"])]
+        rows = [("text", mask.queries)]
+    return mask.plot(png, rows=rows, keys=keys)
+
+
+def _mask(chosen: argparse.Namespace) -> int:
+    if chosen.name is None:
+        if chosen.png is not None:
+            raise UserError("--png needs the name of a mask")
+        print("\n\n".join(f"{name}\n{draw_mask(name)}" for name in MASKS))
+        return 0
+    try:
+        print(draw_mask(chosen.name, chosen.sizes, chosen.png))
+    except (ImportError, OSError) as error:
+        raise UserError(_one_line(error)) from error
     return 0
 
 

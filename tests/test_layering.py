@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mmkern"
 STANDARD = set(sys.stdlib_module_names) | {"__future__"}
-HELPERS = {"_checks", "_distributed", "_library"}
+HELPERS = {"_checks", "_distributed", "_library", "layout"}
 
 # Part of the package -> what of mmkern it may import, besides itself.
 LAYERS = {
