@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch._ops import OpOverload
 
-from mmkern import _library
+from mmkern import _library, ops
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -28,17 +29,14 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Runs a test once for each backend; the public functions then dispatch to it."""
     name: str = request.param
     if name in ("reference", "triton"):
-        for op, functions in {
-            "info_nce": {"_fwd": "info_nce_fwd", "_bwd": "info_nce_bwd"},
-            "sigmoid_contrastive": {
-                "_fwd": "sigmoid_contrastive_fwd",
-                "_fwd_bwd": "sigmoid_contrastive_fwd_bwd",
-            },
-        }.items():
+        for op in ops.__all__:
             package = importlib.import_module(f"mmkern.ops.{op}")
             kernels = importlib.import_module(f"mmkern.ops.{op}.{name}")
-            for attribute, function in functions.items():
-                monkeypatch.setattr(package, attribute, getattr(kernels, function))
+            # What a package calls: overloads that `_library.define` returned, by their own names.
+            for attribute, value in list(vars(package).items()):
+                if isinstance(value, OpOverload):
+                    function = value.name().removeprefix("mmkern::")
+                    monkeypatch.setattr(package, attribute, getattr(kernels, function))
         if name == "triton":  # products are never kept on a GPU
             monkeypatch.setattr(importlib.import_module("mmkern.ops.info_nce"), "KEPT_BYTES", 0)
     yield name

@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmkern import ops
 from tests.conftest import INTERPRETED
 
 _triton = pytest.importorskip("mmkern._triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="starts the interpreter itself")
 
 ROOT = Path(__file__).parents[2]
-OPERATORS = ("info_nce", "sigmoid_contrastive")
+OPERATORS = ops.__all__
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program can have
 REGISTERS = 65536  # of a multiprocessor, all of which one program may hold
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
@@ -92,11 +93,9 @@ def test_launches_are_what_is_compiled(op: str):
 # Less what takes long interpreted, or (order of sums) is settled there by running one program at a
 # time.
 FEWER = "not 200-0-640 and not 127-0-384 and not deterministic"
-SUITES = {
-    "info_nce": ["tests/ops/test_info_nce.py", "-k", FEWER],
-    "sigmoid_contrastive": ["tests/ops/test_sigmoid_contrastive.py", "-k", FEWER],
-    "kernels": ["tests/ops/triton_kernels.py"],
-}
+SELECTED = {"info_nce": ["-k", FEWER], "sigmoid_contrastive": ["-k", FEWER]}
+SUITES = {op: [f"tests/ops/test_{op}.py", *SELECTED.get(op, [])] for op in OPERATORS}
+SUITES["kernels"] = ["tests/ops/triton_kernels.py"]
 
 
 def interpret(suite: str) -> subprocess.CompletedProcess[str]:
