@@ -4,9 +4,11 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -254,3 +256,13 @@ def test_paper_recipe_runs_under_torchrun_and_is_evaluated(tmp_path):
     metrics = json.loads((directory / "metrics.json").read_text())
     assert metrics["retrieval_pairs"] == 50
     assert 0 <= metrics["retrieval"]["image_to_text_r1"] <= 1
+
+
+def test_drawn_masks_are_what_the_command_draws(capsys):
+    """People settle arguments about masks with docs/masks.md; it must not show another one."""
+    text = (Path(__file__).parent.parent / "docs" / "masks.md").read_text()
+    blocks = re.findall(r"^```console\n\$ mmkern (.*)\n((?:.*\n)*?)```$", text, re.MULTILINE)
+    assert {command.split()[1] for command, _ in blocks} == set(cli.MASKS)
+    for command, drawing in blocks:
+        assert cli.main(command.split()) == 0
+        assert capsys.readouterr().out == drawing

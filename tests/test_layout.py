@@ -24,7 +24,7 @@ def filled(slots: int, lengths: Tensor | None, pads: Tensor | None) -> Tensor:
 
 
 def expected(name: str, lengths: Tensor | None, pads: Tensor | None) -> Tensor:
-    """The masks of facts/qformer.md §3 written as formulas over (i, j)."""
+    """The masks of docs/masks.md written as formulas over (i, j)."""
     text = filled(T, lengths, pads)
     batch = text.shape[0]
     size = {"stage1": Q + 2 * T, "full": T}.get(name, Q + T)
