@@ -1,6 +1,7 @@
 """The operators. Each is a folder: public function, reference, and kernels side by side."""
 
+from mmkern.ops.attention import attention
 from mmkern.ops.info_nce import info_nce
 from mmkern.ops.sigmoid_contrastive import sigmoid_contrastive
 
-__all__ = ["info_nce", "sigmoid_contrastive"]
+__all__ = ["attention", "info_nce", "sigmoid_contrastive"]
