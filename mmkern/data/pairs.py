@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -18,6 +17,7 @@ from torch.utils.data import Dataset
 from mmkern.data.epochs import EpochAware
 from mmkern.data.images import ImageError, open_image
 from mmkern.data.randomness import Stream, sample_keys, uniform
+from mmkern.data.strings import Strings
 
 __all__ = ["MissingPairsError", "OnError", "PairDataset", "PairError", "Sample"]
 
@@ -55,26 +55,6 @@ class _Row(NamedTuple):
     image: str
     text: str
     problem: str = ""
-
-
-class _Strings:
-    """Strings in two arrays.
-
-    A list of a million Python strings is copied into every worker page by page, because reading
-    one writes its reference count.
-    """
-
-    def __init__(self, strings: Iterable[str]) -> None:
-        encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
-        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, index: int) -> str:
-        start, end = self._ends[index], self._ends[index + 1]
-        return self._bytes[start:end].tobytes().decode("utf-8", "surrogateescape")
 
 
 class PairDataset(EpochAware, Dataset[Sample]):
@@ -118,8 +98,8 @@ class PairDataset(EpochAware, Dataset[Sample]):
         self.on_error: OnError = on_error
         self.seed = seed
         self.dropped = 0
-        self._images = _Strings(images)
-        self._texts = _Strings(texts)
+        self._images = Strings(images)
+        self._texts = Strings(texts)
 
     @classmethod
     def from_csv(
@@ -151,7 +131,7 @@ class PairDataset(EpochAware, Dataset[Sample]):
             MissingPairsError: there is no such table.
             PairError: a column is missing, the file is not UTF-8, a row is bad, no row is usable.
         """
-        table = _existing(path)
+        table = existing_table(path)
         delimiter = delimiter or ("\t" if table.suffix.lower() == ".tsv" else ",")
         rows = _csv_rows(table, image_column, text_column, delimiter)
         folder = Path(root) if root is not None else table.parent
@@ -170,7 +150,7 @@ class PairDataset(EpochAware, Dataset[Sample]):
         check_files: bool = True,
     ) -> PairDataset:
         """Read one JSON object a line, in UTF-8; arguments and errors as in ``from_csv``."""
-        table = _existing(path)
+        table = existing_table(path)
         rows = _jsonl_rows(table, image_column, text_column)
         folder = Path(root) if root is not None else table.parent
         return cls._from_rows(rows, table, folder, on_error, seed, check_files)
@@ -195,7 +175,7 @@ class PairDataset(EpochAware, Dataset[Sample]):
             MissingPairsError: there is no such folder.
             PairError: more than one table; and as ``from_csv``.
         """
-        folder = _existing(folder)
+        folder = existing_table(folder)
         if not folder.is_dir():
             raise PairError(f"{folder}: not a folder")
         tables = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in _READERS]
@@ -223,32 +203,11 @@ class PairDataset(EpochAware, Dataset[Sample]):
         seed: int,
         check_files: bool,
     ) -> PairDataset:
-        images, texts, problems = [], [], []
-        for image, text, problem in rows:
-            path = os.path.join(root, image)
-            if not problem and check_files and not os.path.isfile(path):
-                problem = f"no such file: {path}"
-            if problem:
-                problems.append(problem)
-            else:
-                images.append(path)
-                texts.append(text)
-        if problems and (on_error == "raise" or not images):
-            shown = "\n  ".join(problems[:_SHOWN])
-            more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-            raise PairError(f"{source}: {len(problems)} bad rows:\n  {shown}{more}")
-        if not images:
-            raise PairError(f"{source}: no image-text pairs in it")
+        pairs = (((row.image, row.text), row.problem) for row in rows)
+        good, dropped = usable_rows(pairs, source, root, on_error, check_files)
+        images, texts = zip(*good, strict=True)
         data = cls(images, texts, on_error=on_error, seed=seed)
-        data.dropped = len(problems)
-        if problems:
-            _LOGGER.warning(
-                "%s: dropped %d bad rows of %d, the first: %s",
-                source,
-                len(problems),
-                len(problems) + len(images),
-                problems[0],
-            )
+        data.dropped = dropped
         return data
 
     def __len__(self) -> int:
@@ -262,6 +221,10 @@ class PairDataset(EpochAware, Dataset[Sample]):
             ImageError: the picture is broken and ``on_error="raise"``.
             PairError: ``on_error="skip"``, and 16 pairs drawn in its place are broken too.
         """
+        return self._open(index)[0]
+
+    def _open(self, index: int) -> tuple[Sample, int]:
+        """The sample, and the row that its picture and text come from."""
         count = len(self)
         if not -count <= index < count:
             raise IndexError(f"PairDataset: index {index} of {count} pairs")
@@ -275,7 +238,8 @@ class PairDataset(EpochAware, Dataset[Sample]):
                 raise
             self._count_skipped(error)
             source, image = self._replacement(index, epoch, error)
-        return {"image": image, "text": self._texts[source], "index": index, "epoch": epoch}
+        text = self._texts[source]
+        return {"image": image, "text": text, "index": index, "epoch": epoch}, source
 
     def _replacement(self, index: int, epoch: int, error: ImageError) -> tuple[int, Image.Image]:
         keys = sample_keys(self.seed, epoch, [index])
@@ -290,10 +254,54 @@ class PairDataset(EpochAware, Dataset[Sample]):
         ) from error
 
 
+def usable_rows(
+    rows: Iterable[tuple[tuple[str, ...], str]],
+    source: Path,
+    root: Path,
+    on_error: OnError,
+    check_files: bool,
+) -> tuple[list[tuple[str, ...]], int]:
+    """Rows ((image, text, ...), what is wrong) with images as whole paths, and how many were bad.
+
+    Raises:
+        PairError: bad rows and ``on_error="raise"``, all together; no usable row.
+    """
+    good: list[tuple[str, ...]] = []
+    problems: list[str] = []
+    for fields, problem in rows:
+        path = os.path.join(root, fields[0]) if fields else ""
+        if not problem and check_files and not os.path.isfile(path):
+            problem = f"no such file: {path}"
+        if problem:
+            problems.append(problem)
+        else:
+            good.append((path, *fields[1:]))
+    if problems and (on_error == "raise" or not good):
+        shown = "\n  ".join(problems[:_SHOWN])
+        more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise PairError(f"{source}: {len(problems)} bad rows:\n  {shown}{more}")
+    if not good:
+        raise PairError(f"{source}: no image-text pairs in it")
+    if problems:
+        _LOGGER.warning(
+            "%s: dropped %d bad rows of %d, the first: %s",
+            source,
+            len(problems),
+            len(problems) + len(good),
+            problems[0],
+        )
+    return good, len(problems)
+
+
 _READERS = {".csv": "from_csv", ".tsv": "from_csv", ".jsonl": "from_jsonl"}
 
 
-def _existing(path: str | os.PathLike[str]) -> Path:
+def existing_table(path: str | os.PathLike[str]) -> Path:
+    """A path that exists.
+
+    Raises:
+        MissingPairsError: it does not.
+    """
     path = Path(path)
     if not path.exists():
         raise MissingPairsError(f"{path}: no such file or folder")
@@ -329,7 +337,8 @@ def _csv_rows(table: Path, image_column: str, text_column: str, delimiter: str) 
             raise PairError(f"{table}: line {reader.line_num}: {error}") from error
 
 
-def _jsonl_rows(table: Path, image_column: str, text_column: str) -> Iterator[_Row]:
+def json_lines(table: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """(where, fields, what is wrong) of each line of a table of JSON objects."""
     with open(table, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -338,12 +347,20 @@ def _jsonl_rows(table: Path, image_column: str, text_column: str) -> Iterator[_R
             try:
                 fields = json.loads(line.decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
-                yield _Row("", "", f"{where}: {error}")
+                yield where, {}, f"{where}: {error}"
                 continue
             if not isinstance(fields, dict):
                 kind = type(fields).__name__
-                yield _Row("", "", f"{where}: a JSON object expected, got {kind}")
+                yield where, {}, f"{where}: a JSON object expected, got {kind}"
                 continue
+            yield where, fields, ""
+
+
+def _jsonl_rows(table: Path, image_column: str, text_column: str) -> Iterator[_Row]:
+    for where, fields, problem in json_lines(table):
+        if problem:
+            yield _Row("", "", problem)
+        else:
             yield _row(
                 where, fields.get(image_column), fields.get(text_column), image_column, text_column
             )

@@ -37,9 +37,15 @@ class Stream(IntEnum):
     BATCH_CHOICE = 7
     SHUFFLE_BUFFER = 8
     RESERVE = 9
+    QUESTION = 10
+    PREFIX = 11
+    MIXTURE = 12
+    ANSWER = 13
+    UNSEEN = 14
     # Families with one stream a row or a pass: the rest of the range.
     ROW_ORDER = 1 << 32
     SHARD_ORDER = 2 << 32
+    MIXTURE_ORDER = 3 << 32
 
 
 def _mix(words: Keys) -> Keys:
