@@ -203,15 +203,19 @@ class VisionTransformer(nn.Module):
 
     def forward(self, pixel_values: Tensor, project: bool = True) -> Tensor:
         """``project=False`` gives the pooled [B, width], what a linear probe reads."""
-        _check_pixels("VisionTransformer", pixel_values, self.image_size)
-        x = self.conv1(pixel_values.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1).to(x.dtype), x], dim=1)
-        x = self.ln_pre(x + self.positional_embedding)
+        x = self.tokens(pixel_values)
         if self.pool == "tok":
             x = self.ln_post(self.transformer(x, row=0)[:, 0])
         else:
             x = self.ln_post(self.transformer(x))[:, 1:].mean(1)
         return x @ self.proj if project else x
+
+    def tokens(self, pixel_values: Tensor) -> Tensor:
+        """[B, 3, S, S] to what enters the blocks: class token and patches, [B, L, width]."""
+        _check_pixels("VisionTransformer", pixel_values, self.image_size)
+        x = self.conv1(pixel_values.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1).to(x.dtype), x], dim=1)
+        return self.ln_pre(x + self.positional_embedding)
 
     @torch.no_grad()
     def set_image_size(self, image_size: int) -> None:
