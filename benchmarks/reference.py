@@ -14,28 +14,29 @@ from torch import Tensor
 from benchmarks.case import Loss
 
 
-def on_reference(op: str, kernels: tuple[str, ...]) -> Loss:
+def on_reference(op: str, kernels: tuple[str, ...], function: Loss | None = None) -> Loss:
     """`mmkern.ops.<op>` with `kernels` replaced by their references, its backward included.
 
     Args:
         op: the operator's name.
         kernels: suffixes of its registered schemas, as in "fwd", "bwd".
+        function: what to call instead, if the operator returns more than a loss.
     """
     # By name: in mmkern.ops the function hides its module.
     module = importlib.import_module(f"mmkern.ops.{op}")
     reference = importlib.import_module(f"mmkern.ops.{op}.reference")
     replaced = {f"_{kernel}": getattr(reference, f"{op}_{kernel}") for kernel in kernels}
-    function: Loss = getattr(module, op)
+    call_op: Loss = function or getattr(module, op)
 
     def patched() -> contextlib.AbstractContextManager[Any]:
         return mock.patch.multiple(module, **replaced)
 
     def call(*inputs: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            loss: Tensor = _Within.apply(patched, function, *inputs)
+            loss: Tensor = _Within.apply(patched, call_op, *inputs)
             return loss
         with patched():
-            return function(*inputs)
+            return call_op(*inputs)
 
     return call
 

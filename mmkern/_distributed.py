@@ -39,8 +39,13 @@ class RowShard:
     texts: tuple[int, ...]
 
     @staticmethod
-    def of(op: str, image: Tensor, text: Tensor, group: ProcessGroup | None) -> RowShard:
+    def of(
+        op: str, image: Tensor, text: Tensor, group: ProcessGroup | None, name: str = "image"
+    ) -> RowShard:
         """Exchange the row counts (one host synchronisation where the group has several ranks).
+
+        Args:
+            name: what `op` calls the argument that `image` is.
 
         Raises:
             ValueError: on every rank alike, when a rank has no rows or the widths differ.
@@ -57,9 +62,9 @@ class RowShard:
         images, texts, widths = zip(*sizes, strict=True)
         if min(images) == 0:
             where = f" on rank {images.index(0)}" if len(images) > 1 else ""
-            raise ValueError(f"{op}: image needs at least one row, got 0{where}")
+            raise ValueError(f"{op}: {name} needs at least one row, got 0{where}")
         if len(set(widths)) > 1:
-            raise ValueError(f"{op}: image must have one width on all ranks, got {list(widths)}")
+            raise ValueError(f"{op}: {name} must have one width on all ranks, got {list(widths)}")
         return RowShard(group, rank, images, texts)
 
     @property
@@ -83,13 +88,17 @@ class RowShard:
 
     def log_sum_exp(self, columns: Tensor) -> Tensor:
         """[sum(texts)] log-sum-exps over local rows -> [texts[rank]], over all ranks' rows."""
+        return columns if self.world == 1 else self.exchange(columns).logsumexp(0)
+
+    def exchange(self, columns: Tensor) -> Tensor:
+        """[sum(texts), ...], what each rank found for every text -> [world, texts[rank], ...]."""
         if self.world == 1:
-            return columns
+            return columns[None]
         widest = max(self.texts)
-        parts = [_pad(part, widest) for part in columns.split(self.texts)]
-        out = columns.new_empty(self.world, widest)
-        dist.all_to_all_single(out, torch.stack(parts), group=self.group)
-        return out[:, : self.texts[self.rank]].logsumexp(0)
+        parts = torch.stack([_pad(part, widest) for part in columns.split(self.texts)])
+        out = torch.empty_like(parts)
+        dist.all_to_all_single(out, parts, group=self.group)
+        return out[:, : self.texts[self.rank]]
 
     def reduce_scatter(self, partial: Tensor) -> Tensor:
         """Sum of all ranks' [sum(texts), D] tensors; this rank keeps its own rows."""

@@ -2,6 +2,7 @@
 
 from mmkern.ops.attention import attention
 from mmkern.ops.info_nce import info_nce
+from mmkern.ops.query_info_nce import query_info_nce
 from mmkern.ops.sigmoid_contrastive import sigmoid_contrastive
 
-__all__ = ["attention", "info_nce", "sigmoid_contrastive"]
+__all__ = ["attention", "info_nce", "query_info_nce", "sigmoid_contrastive"]
