@@ -84,3 +84,29 @@ def cut_cross_entropy(impl: str) -> Loss:
         return (rows + linear(scaled_text, image, labels, impl=impl)) / 2
 
     return call
+
+
+def labelled_cross_entropy(impl: str) -> Loss:
+    """cut-cross-entropy's linear cross-entropy, as for a language model's head."""
+    try:
+        linear = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    except ImportError as error:
+        raise UnavailableError(f"cut-cross-entropy: {error}") from None
+    call: Loss = functools.partial(linear, impl=impl)
+    return call
+
+
+def liger() -> Loss:
+    """Liger's fused linear cross-entropy: gradients in the forward, in chunks of rows."""
+    try:
+        loss = importlib.import_module(
+            "liger_kernel.transformers.fused_linear_cross_entropy"
+        ).LigerFusedLinearCrossEntropyLoss()
+    except ImportError as error:
+        raise UnavailableError(f"liger-kernel: {error}") from None
+
+    def call(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        found: Tensor = loss(weight, hidden, labels)
+        return found
+
+    return call

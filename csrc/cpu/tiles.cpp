@@ -30,25 +30,6 @@ bool has_brgemm() {
 
 BFloat16* bf16(at::Tensor& t) { return t.mutable_data_ptr<BFloat16>(); }
 
-// C [M, N] = A [M, K] · B (+ C), B in VNNI order [K/2][N][2]: brgemm's contract.
-void tile_gemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
-               const BFloat16* a, const BFloat16* b, float* c) {
-  if (has_brgemm()) {
-    return cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, /*is_vnni=*/true);
-  }
-  for (int64_t i = 0; i < m; ++i) {
-    float* row = c + i * ldc;
-    if (!add) std::fill(row, row + n, 0.f);
-    for (int64_t p = 0; p < k; p += 2) {
-      const float a0 = a[i * lda + p], a1 = a[i * lda + p + 1];
-      const BFloat16* pair = b + p * ldb;
-      for (int64_t j = 0; j < n; ++j) {
-        row[j] += a0 * static_cast<float>(pair[2 * j]) + a1 * static_cast<float>(pair[2 * j + 1]);
-      }
-    }
-  }
-}
-
 // out[j * out_ld + i] = in[i * in_ld + j], in squares that stay in the first-level cache.
 template <class T>
 void transpose(const T* in, int64_t in_ld, int64_t rows, int64_t columns, T* out, int64_t out_ld) {
@@ -103,6 +84,28 @@ bool use_brgemm(at::ScalarType dtype) {
 }
 
 void force_brgemm(bool value) { forced = value; }
+
+void tile_gemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
+               const BFloat16* a, const BFloat16* b, float* c) {
+  if (has_brgemm()) {
+    return cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, /*is_vnni=*/true);
+  }
+  for (int64_t i = 0; i < m; ++i) {
+    float* row = c + i * ldc;
+    if (!add) std::fill(row, row + n, 0.f);
+    for (int64_t p = 0; p < k; p += 2) {
+      const float a0 = a[i * lda + p], a1 = a[i * lda + p + 1];
+      const BFloat16* pair = b + p * ldb;
+      for (int64_t j = 0; j < n; ++j) {
+        row[j] += a0 * static_cast<float>(pair[2 * j]) + a1 * static_cast<float>(pair[2 * j + 1]);
+      }
+    }
+  }
+}
+
+void tile_release() {
+  if (has_brgemm()) cpublas::brgemm_release();
+}
 
 void check_inputs(const char* op, const at::Tensor& image, const at::Tensor& text,
                   const at::Tensor& scale, int64_t offset,
@@ -220,9 +223,7 @@ void BrgemmTiles::finish_strip(const Tile& t, int64_t strip) {
             d_text_columns_.mutable_data_ptr<float>() + strip * depth_ * STRIP);
 }
 
-void BrgemmTiles::release() {
-  if (has_brgemm()) cpublas::brgemm_release();
-}
+void BrgemmTiles::release() { tile_release(); }
 
 void BrgemmTiles::finish(const Tile& t) {
   if (!want_image) return;

@@ -201,6 +201,12 @@ bool use_brgemm(at::ScalarType dtype);
 // brgemm where that is missing.
 void force_brgemm(bool forced);
 
+// C [M, N] = A [M, K] · B (+ C) where use_brgemm holds, B in VNNI order [K/2][N][2]: brgemm's
+// contract. A worker calls tile_release() after its last product.
+void tile_gemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
+               const at::BFloat16* a, const at::BFloat16* b, float* c);
+void tile_release();
+
 // Runs the epilogue over all tiles. Chunks are the outer loop: a chunk's packed text and sums stay,
 // and column statistics belong to one worker at a time whatever the number of threads.
 template <class Tiles, class Epilogue>
