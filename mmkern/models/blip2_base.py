@@ -83,6 +83,7 @@ class Blip2Config(TransformersConfig):
         dec_token_id: the token that starts generation in stage 1, [DEC]; None: the last of the
             vocabulary, where LAVIS adds it.
         initial_temperature: τ of the contrastive loss at the start.
+        freeze_language_model: in stage 2, the language model is fixed.
         lavis_gradients: the contrastive loss of a side trains that side alone, and the generation
             loss is averaged over ranks whatever their numbers of tokens, as LAVIS does.
     """
@@ -92,6 +93,7 @@ class Blip2Config(TransformersConfig):
     vision_norm_eps: float | None = None
     dec_token_id: int | None = None
     initial_temperature: float = 0.07
+    freeze_language_model: bool = True
     lavis_gradients: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -180,7 +182,7 @@ class Blip2Base(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     # What is trained keeps its precision when the rest is loaded in 16 bits.
-    _keep_in_fp32_modules_strict = ("query_tokens", "qformer", "post_layernorm")
+    _keep_in_fp32_modules_strict: tuple[str, ...] = ("query_tokens", "qformer", "post_layernorm")
     _no_split_modules = ("Blip2EncoderLayer", "Block", "Layer")
 
     def build_image_side(self, config: Any, **qformer: Any) -> None:

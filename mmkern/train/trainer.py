@@ -246,6 +246,9 @@ class Trainer(transformers.Trainer):
             options["num_items_in_batch"] = num_items_in_batch
         outputs = model(**inputs, **options)
         loss = self._weighted(outputs)
+        if "num_items_in_batch" in options and self.args.average_tokens_across_devices:
+            # Those of all ranks, whose gradients are averaged.
+            loss = loss * self.args.world_size
         self._record(outputs)
         return (loss, outputs) if return_outputs else loss
 
