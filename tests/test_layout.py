@@ -1,4 +1,4 @@
-"""mmkern.layout: every mask against the formula it stands for."""
+"""mmkern.layout: every mask against the formula it stands for, and spans against their mask."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmkern.layout import RowIntervals
+from mmkern.layout import RowIntervals, VisualSpans, visual_spans
 
 Q, T = 3, 6
 LENGTHS = torch.tensor([4, 6, 0, 1])
@@ -200,3 +200,80 @@ def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         mask.keys = 4  # type: ignore[misc]
     assert mask.to("cpu").keys == 3
+
+
+VISUAL = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 0, 0, 0], [1, 0, 1, 0, 1]]).bool()
+RUNS = ((1, 3), (4, 7), (10, 11), (12, 13), (14, 15))
+
+
+def test_visual_spans_from_mask():
+    """A run that is cut or joined wrongly gives an image's adapter to text."""
+    spans = VisualSpans.from_mask(VISUAL)
+    assert spans.shape == (3, 5) and spans.runs == RUNS  # one crosses from a sample to the next
+    assert spans.rows.tolist() == VISUAL.view(-1).nonzero().view(-1).tolist()
+    assert torch.equal(spans.to_mask(), VISUAL)
+    flat = VisualSpans.from_mask(VISUAL.view(-1))
+    assert flat.shape == (15,) and torch.equal(flat.rows, spans.rows)
+    strided = VisualSpans.from_mask(VISUAL.T.contiguous().T)
+    assert strided.runs == RUNS
+
+
+def test_visual_spans_from_lengths():
+    """A collator that knows its images must get the spans of the mask it never made."""
+    spans = VisualSpans.from_lengths([a for a, _ in RUNS], [b - a for a, b in RUNS], (3, 5))
+    assert spans.runs == RUNS and torch.equal(spans.to_mask(), VISUAL)
+    touching = VisualSpans.from_lengths([0, 2], [2, 3], (5,))  # two images side by side
+    assert touching.rows.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_visual_spans_of_text():
+    """A batch of text has no visual row, whatever its size; an empty batch neither."""
+    for spans in (
+        VisualSpans.all_text((2, 3)),
+        VisualSpans.from_mask(torch.zeros(2, 3, dtype=torch.bool)),
+        VisualSpans.from_lengths([], [], (2, 3)),
+    ):
+        assert spans.runs == () and spans.rows.shape == (0,) and spans.rows.dtype == torch.int32
+        assert torch.equal(spans.to_mask(), torch.zeros(2, 3, dtype=torch.bool))
+    assert VisualSpans.from_mask(torch.zeros(0, 3, dtype=torch.bool)).to_mask().shape == (0, 3)
+
+
+@pytest.mark.parametrize("mask", [VISUAL, ~VISUAL, VISUAL & False, VISUAL | True])
+def test_visual_spans_without_counting(mask: Tensor):
+    """On a GPU the list is padded, since its length would have to be waited for."""
+    rows = visual_spans._compact(mask.reshape(-1))
+    known = VisualSpans.from_mask(mask)
+    count = known.rows.shape[0]
+    assert torch.equal(rows[:count], known.rows) and (rows[count:] == -1).all()
+    assert torch.equal(VisualSpans(known.shape, rows, None).to_mask(), mask)
+
+
+def test_visual_spans_move():
+    """Trainers move batches by `.to`: the spans must come along whole."""
+    spans = VisualSpans.from_mask(VISUAL).to("cpu", non_blocking=True)
+    assert spans.runs == RUNS and torch.equal(spans.to_mask(), VISUAL)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spans.shape = (15,)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: VisualSpans.from_lengths([3, 1], [1, 1], (9,)), r"starts\[1\] is 1 after 3"),
+        (lambda: VisualSpans.from_lengths([0, 2], [3, 1], (9,)), "but the run before it ends at 3"),
+        (lambda: VisualSpans.from_lengths([0, 5], [3, 5], (3, 3)), r"run 1 is rows 5 to 10.* 9$"),
+        (lambda: VisualSpans.from_lengths([-1], [3], (9,)), r"starts\[0\] is -1, but rows count"),
+        (lambda: VisualSpans.from_lengths([1], [0], (9,)), r"lengths\[0\] must be at least 1"),
+        (lambda: VisualSpans.from_lengths([1], [1, 2], (9,)), "of one size, got 1 and 2"),
+        (lambda: VisualSpans.from_lengths([], [], (2**20, 2**12)), r"at most 2\^31 - 1 rows"),
+        (lambda: VisualSpans.from_mask(VISUAL.int()), "mask must be bool .* got torch.int32"),
+        (lambda: VisualSpans.from_mask([True]), "mask must be bool .* got list"),
+        (lambda: VisualSpans.from_mask(torch.tensor(True)), r"\[B, L\] or \[M\], got shape \(\)"),
+        (lambda: VisualSpans((3,), torch.zeros(1), ()), "rows must be int32"),
+        (lambda: VisualSpans((3,), torch.zeros(1, 1).int(), ()), r"rows must be \[n\]"),
+    ],
+)  # fmt: skip
+def test_visual_spans_refuse(build, message: str):  # type: ignore[no-untyped-def]
+    """Spans that overlap, are unsorted or leave the batch are named before any layer runs."""
+    with pytest.raises((TypeError, ValueError), match=message):
+        build()

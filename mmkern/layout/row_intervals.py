@@ -1,4 +1,4 @@
-"""What the kernels know of a token sequence: which keys each query row may attend to."""
+"""Which keys each query row of an attention may see, as two intervals a row."""
 
 from __future__ import annotations
 
