@@ -67,12 +67,14 @@ class Variant:
     Attributes:
         kept: bytes that it holds at its peak, all copies; beyond half the memory it is left out.
         compiles: its first call compiles for the shape at hand; left out of the short form.
+        floor: does less than the operator, as a lower bound of its time; has no error.
     """
 
     make: Callable[[], Loss]
     kept: Callable[[Case], float] = lambda case: 0.0
     devices: tuple[str, ...] = ("cpu", "cuda")
     compiles: bool = False
+    floor: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,11 @@ from benchmarks.case import OURS
 from benchmarks.rows import Row
 
 NO_ROWS = "_No rows recorded yet._"
-AGAINST = {"attention": "sdpa", "linear_cross_entropy": "compacted"}  # others: the dense formula
+AGAINST = {
+    "attention": "sdpa",
+    "linear_cross_entropy": "compacted",
+    "plora_linear": "mask",
+}  # others: the dense formula
 HEADLINE = 8192  # the size of the acceptance case
 DTYPES = ("float32", "bfloat16")
 TRAINED = "trained"  # features that are there for their rounding, not for their time
