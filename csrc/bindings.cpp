@@ -4,10 +4,15 @@
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
+#include <algorithm>
 #include <string>
 
 #include "cpu/simd.h"
 #include "cpu/tiles.h"
+
+namespace mmkern {
+void limit_attention(int level);
+}
 
 namespace {
 
@@ -27,6 +32,15 @@ void force_tile_path(const std::string& path) {
   mmkern::force_brgemm(path == "portable");
 }
 
+void limit_attention(const std::string& set) {
+  const char* names[] = {"base", "avx2", "avx512", "all"};
+  const auto found = std::find(names, names + 4, set);
+  if (found == names + 4) {
+    throw std::invalid_argument("limit_attention: base, avx2, avx512 or all, got '" + set + "'");
+  }
+  mmkern::limit_attention(found - names);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -40,4 +54,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("force_tile_path", &force_tile_path, pybind11::arg("path"),
         "For tests: 'portable' sends bf16 through the packed tiles of the brgemm path, with a plain "
         "loop for their products where brgemm is missing; 'auto' undoes it.");
+  m.def("limit_attention", &limit_attention, pybind11::arg("set"),
+        "For tests: the widest instruction set that attention may use: base, avx2, avx512, or all.");
 }

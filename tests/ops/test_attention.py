@@ -60,7 +60,7 @@ def dense(q, k, v, mask=None, kv_row=None, keep=None, scale=None):  # type: igno
         weights = scores.masked_fill(~allowed, -1e30).softmax(-1) * allowed
     else:
         weights = scores.softmax(-1)
-    return (weights if keep is None else weights * keep) @ v
+    return (weights if keep is None else weights * keep.to(v.dtype)) @ v
 
 
 def with_gradients(function, q, k, v, grad, *, dtype=None, **kwargs):  # type: ignore[no-untyped-def]
@@ -79,7 +79,7 @@ def check(q, k, v, grad, mask=None, kv_row=None, dropout_p=0.0, scale=None):  # 
     ours = with_gradients(ops.attention, q, k, v, grad, dropout_p=dropout_p, **options)
     if seed is not None:
         kept = reference.keep(seed, range(q.shape[0]), *q.shape[1:3], k.shape[2], dropout_p)
-        options["keep"] = kept / (1 - reference.threshold(dropout_p) / 65536)
+        options["keep"] = kept.double() / (1 - reference.threshold(dropout_p) / 65536)
     exact = with_gradients(dense, q, k, v, grad, dtype=torch.float64, **options)
     wide = torch.promote_types(q.dtype, torch.float32)
     plain = with_gradients(dense, q, k, v, grad, dtype=wide, **options)

@@ -220,4 +220,4 @@ def _factor(seed: Tensor | None, band: slice, scores: Tensor, dropout_p: float) 
         return 0.0
     _, heads, queries, keys = scores.shape
     kept = keep(seed, range(band.start, band.stop), heads, queries, keys, dropout_p)
-    return kept * (65536 / (65536 - dropped))
+    return kept.to(scores.dtype) * (65536 / (65536 - dropped))
