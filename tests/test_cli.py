@@ -259,10 +259,14 @@ def test_paper_recipe_runs_under_torchrun_and_is_evaluated(tmp_path):
 
 
 def test_drawn_masks_are_what_the_command_draws(capsys):
-    """People settle arguments about masks with docs/masks.md; it must not show another one."""
-    text = (Path(__file__).parent.parent / "docs" / "masks.md").read_text()
-    blocks = re.findall(r"^```console\n\$ mmkern (.*)\n((?:.*\n)*?)```$", text, re.MULTILINE)
-    assert {command.split()[1] for command, _ in blocks} == set(cli.MASKS)
-    for command, drawing in blocks:
+    """People settle arguments about masks with the docs; they must not show another one."""
+    docs = Path(__file__).parent.parent / "docs"
+    pattern = re.compile(r"^```console\n\$ mmkern (mask .*)\n((?:.*\n)*?)```$", re.MULTILINE)
+    drawn = {
+        path.relative_to(docs).as_posix(): pattern.findall(path.read_text())
+        for path in docs.rglob("*.md")
+    }
+    assert {command.split()[1] for command, _ in drawn["masks.md"]} == set(cli.MASKS)
+    for command, drawing in (block for blocks in drawn.values() for block in blocks):
         assert cli.main(command.split()) == 0
         assert capsys.readouterr().out == drawing

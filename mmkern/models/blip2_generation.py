@@ -8,7 +8,8 @@ or a T5 of transformers. State-dict keys are those of transformers'
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from transformers import (
 
 from mmkern.models.bert import shared_name
 from mmkern.models.blip2_base import Blip2Base, Blip2Config
+from mmkern.models.blip2_checkpoints import check, from_lavis, to_lavis
 from mmkern.models.clip_checkpoints import State, raise_for_keys
 from mmkern.models.language import (
     GenerationOutput,
@@ -58,6 +60,8 @@ class LanguageSide(Blip2Base, GenerationMixin):
         "post_layernorm",
         "language_projection",
     )
+    # Whether LAVIS's checkpoint is InstructBLIP's.
+    lavis_instruct = False
 
     def build_language_side(self, config: Any, given: Any = None) -> None:
         """Create ``language_projection`` and ``language_model``, or take a given model; freeze."""
@@ -101,6 +105,48 @@ class LanguageSide(Blip2Base, GenerationMixin):
         if strict:
             raise_for_keys(f"{self._name}.start_from", missing, ())
         return kept
+
+    @classmethod
+    def from_lavis(
+        cls,
+        state: State | str | Path,
+        config: Any,
+        *,
+        language_model: Any = None,
+        vision: State | str | Path | None = None,
+    ) -> Self:
+        """The model of a LAVIS checkpoint, in eval mode; weights in the default dtype.
+
+        LAVIS saves no frozen weights: give transformers' language model, which is used as it is,
+        and the image encoder's own file as ``vision`` (see
+        :func:`mmkern.models.blip2_checkpoints.from_lavis`), where the file lacks them.
+
+        Raises ValueError with the missing, unexpected and misshapen keys.
+        """
+        mapped = from_lavis(state, instruct=cls.lavis_instruct, vision=vision)
+        given = _language_model(config.text_config) if language_model is None else language_model
+        with torch.device("meta"):
+            model = cls(config, given)
+        expected = model.state_dict()
+        if language_model is not None:
+            expected = {n: v for n, v in expected.items() if not n.startswith("language_model.")}
+        check(f"{cls.__name__}.from_lavis", mapped, expected)
+        dtype = torch.get_default_dtype()
+        mapped = {name: value.to(dtype, copy=True) for name, value in mapped.items()}
+        outside = {n: v for n, v in mapped.items() if not n.startswith("language_model.")}
+        model.load_state_dict(outside, strict=False, assign=True)
+        if language_model is None:
+            prefix = "language_model."
+            given.load_state_dict(
+                {n.removeprefix(prefix): v for n, v in mapped.items() if n.startswith(prefix)}
+            )
+        return model.eval()
+
+    def to_lavis(self) -> State:
+        """The weights under LAVIS's keys, the frozen ones too; copies, in the model's dtype."""
+        kind = self.config.text_config.model_type
+        language = kind if kind in ("opt", "t5") else "llm"
+        return to_lavis(self.state_dict(), instruct=self.lavis_instruct, language=language)
 
     def project(self, queries: Tensor) -> Tensor:
         """The Q-Former's rows [B, Q, D] to the language model's width [B, Q, H]."""

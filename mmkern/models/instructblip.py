@@ -69,6 +69,7 @@ class InstructBlipForConditionalGeneration(LanguageSide):
     """
 
     config_class = InstructBlipConfig
+    lavis_instruct = True
 
     def __init__(self, config: InstructBlipConfig, language_model: Any = None) -> None:
         super().__init__(config)

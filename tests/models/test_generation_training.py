@@ -245,6 +245,43 @@ def test_builders_have_the_published_sizes(builder: Any, trained: int) -> None:
     assert {n: tuple(p.shape) for n, p in model.named_parameters()} == shapes
 
 
+@pytest.mark.parametrize(("kind", "instruct"), SYSTEMS)
+def test_lavis_files_go_both_ways(kind: str, instruct: bool, tmp_path: Path) -> None:
+    """The authors' checkpoints would not load, or load into the wrong places."""
+    model = small(kind, instruct, vision_norm_eps=1e-5)
+    inputs = batch(kind, instruct)
+    expected = model(**inputs).loss
+    for layer in model.vision_model.encoder.layers:
+        layer.self_attn.qkv.bias.data.chunk(3)[1].zero_()  # LAVIS has none
+    torch.testing.assert_close(model(**inputs).loss, expected)
+    state = model.to_lavis()
+    word = {"opt": "opt", "t5": "t5", "llama": "llm"}[kind]
+    assert f"{word}_proj.weight" in state and "ln_vision.weight" in state
+    whole = type(model).from_lavis(state, model.config)
+    assert torch.equal(whole(**inputs).loss, model(**inputs).loss)
+    # What LAVIS saves: what it trained. The frozen parts come from elsewhere.
+    frozen = {k: v for k, v in state.items() if k.startswith("visual_encoder.")}
+    trained = {
+        k: v for k, v in state.items() if k not in frozen and not k.startswith(f"{word}_model.")
+    }
+    torch.save({"model": trained}, tmp_path / "checkpoint.pth")
+    vision = {k.removeprefix("visual_encoder."): v for k, v in frozen.items()}
+    again = type(model).from_lavis(
+        tmp_path / "checkpoint.pth",
+        model.config,
+        language_model=model.language_model,
+        vision=vision,
+    )
+    assert again.language_model is model.language_model
+    assert torch.equal(again(**inputs).loss, model(**inputs).loss)
+    assert torch.equal(
+        again.generate(**prompt(inputs), max_new_tokens=3),
+        model.generate(**prompt(inputs), max_new_tokens=3),
+    )
+    with pytest.raises(ValueError, match=r"missing: .*language_model\..*vision_model\."):
+        type(model).from_lavis(trained, model.config)
+
+
 def test_stages_start_from_each_other() -> None:
     """Stage 2 would start from a random Q-Former, InstructBLIP from random text networks."""
     first = small("opt")
