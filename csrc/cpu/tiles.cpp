@@ -107,6 +107,22 @@ void tile_release() {
   if (has_brgemm()) cpublas::brgemm_release();
 }
 
+void pack_columns(const BFloat16* source, int64_t count, int64_t width, int64_t strip,
+                  int64_t depth, BFloat16* out) {
+  // Pairs of features move as one 32-bit word; an odd last feature and padding are zeros.
+  std::fill(out, out + depth * strip, BFloat16(0.f));
+  if (width % 2 == 0) {
+    transpose(reinterpret_cast<const uint32_t*>(source), width / 2, count, width / 2,
+              reinterpret_cast<uint32_t*>(out), strip);
+    return;
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    for (int64_t d = 0; d < width; ++d) {
+      out[(d / 2 * strip + j) * 2 + d % 2] = source[j * width + d];
+    }
+  }
+}
+
 void check_inputs(const char* op, const at::Tensor& image, const at::Tensor& text,
                   const at::Tensor& scale, int64_t offset,
                   const std::optional<at::Tensor>& dots) {
@@ -164,19 +180,7 @@ void BrgemmTiles::start_strip(const Tile& t, int64_t strip) {
   const int64_t first = t.column + strip * STRIP;
   const int64_t count = std::min(STRIP, columns - first);
   const BFloat16* source = text_.const_data_ptr<BFloat16>() + first * width;
-  // Pairs of features move as one 32-bit word; an odd last feature and padding are zeros.
-  BFloat16* logits = bf16(text_logits_) + strip * depth_ * STRIP;
-  std::fill(logits, logits + depth_ * STRIP, BFloat16(0.f));
-  if (width % 2 == 0) {
-    transpose(reinterpret_cast<const uint32_t*>(source), width / 2, count, width / 2,
-              reinterpret_cast<uint32_t*>(logits), STRIP);
-  } else {
-    for (int64_t j = 0; j < count; ++j) {
-      for (int64_t d = 0; d < width; ++d) {
-        logits[(d / 2 * STRIP + j) * 2 + d % 2] = source[j * width + d];
-      }
-    }
-  }
+  pack_columns(source, count, width, STRIP, depth_, bf16(text_logits_) + strip * depth_ * STRIP);
   if (!want_image) return;
   BFloat16* grads = bf16(text_grads_) + strip * STRIP * depth_;
   std::fill(grads, grads + STRIP * depth_, BFloat16(0.f));

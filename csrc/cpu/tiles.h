@@ -207,6 +207,10 @@ void tile_gemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_
                const at::BFloat16* a, const at::BFloat16* b, float* c);
 void tile_release();
 
+// `count` rows [count, width] as that right operand's columns: [depth/2][strip][2], zeros beyond.
+void pack_columns(const at::BFloat16* source, int64_t count, int64_t width, int64_t strip,
+                  int64_t depth, at::BFloat16* out);
+
 // Runs the epilogue over all tiles. Chunks are the outer loop: a chunk's packed text and sums stay,
 // and column statistics belong to one worker at a time whatever the number of threads.
 template <class Tiles, class Epilogue>
