@@ -124,7 +124,7 @@ SUITE = Suite(
     variants={
         OURS: Variant(lambda: ours),
         "mmkern, negatives": Variant(lambda: partial(ours, seed=0)),
-        "reference": Variant(partial(on_reference, "query_info_nce", ("fwd", "bwd"), ours)),
+        "reference": Variant(partial(on_reference, "query_info_nce", ("fwd", "loss", "bwd"), ours)),
         "dense": Variant(lambda: dense, kept=products_bytes),
         "dense, negatives": Variant(lambda: dense_negatives, kept=products_bytes),
         "lavis": Variant(lambda: lavis, kept=products_bytes),

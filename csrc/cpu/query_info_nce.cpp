@@ -101,7 +101,8 @@ struct Directions {
 
 template <class T>
 struct Weighting {
-  T scale, kept, spread, factor;  // kept: 1 - ε; spread: ε / M
+  T scale, kept, spread;  // kept: 1 - ε; spread: ε / M
+  T constant, factor;     // of the scale's gradient, and of the others
 };
 
 template <class T>
@@ -207,7 +208,7 @@ class Similarities {
     }
     depth_ = round_up(width, 32);
     group_ = std::max<int64_t>(1, BLOCK / queries);
-    strip_ = round_up((texts + strips() - 1) / strips(), 32);
+    strip_ = round_up((texts + strips() - 1) / strips(), LANES);
     rows_ = given.contiguous().view({images * queries, width});
     if (depth_ > width) rows_ = at::constant_pad_nd(rows_, {0, depth_ - width});
     text_ = at::empty({strips(), depth_ / 2, strip_, 2}, text.options());
@@ -414,7 +415,7 @@ Gradients backward(const at::Tensor& queries, const at::Tensor& text, const at::
       wanted[0] ? at::empty(queries.sizes(), queries.options()) : at::empty({0}, queries.options());
   at::Tensor sums = at::empty({wanted[0] && !direct ? band * count : 0, ld}, single);
   at::Tensor d_text = at::zeros({wanted[1] ? texts : 0, ld}, single);
-  at::Tensor d_scale = at::empty({images}, single);
+  at::Tensor d_scale = at::empty({images}, single);  // of each image
   const bool keep = dots && best;
   at::Tensor d_band = at::empty({keep ? 0 : band, texts}, single);
   at::Tensor b_band = at::empty({keep ? 0 : band, texts}, single.dtype(at::kByte));
@@ -472,7 +473,9 @@ Gradients backward(const at::Tensor& queries, const at::Tensor& text, const at::
   }
   if (ld > width) d_text = d_text.narrow(1, 0, width).contiguous();
   if (!wanted[1]) d_text = at::empty({0}, single);
-  return {d_queries, d_text, d_scale};
+  T sum = 0;
+  for (int64_t i = 0; i < images; ++i) sum += d_scale.const_data_ptr<T>()[i];
+  return {d_queries, d_text, at::full({}, sum * weighting.constant, single)};
 }
 
 Forward query_info_nce_fwd(const at::Tensor& queries, const at::Tensor& text,
@@ -488,9 +491,35 @@ Forward query_info_nce_fwd(const at::Tensor& queries, const at::Tensor& text,
   });
 }
 
+// The specification's formula, in its order.
+at::Tensor query_info_nce_loss(const at::Tensor& stats, double label_smoothing, int64_t texts) {
+  TORCH_CHECK(stats.is_cpu() && stats.dim() == 2 && stats.size(0) == FIELDS &&
+                  (stats.scalar_type() == at::kFloat || stats.scalar_type() == at::kDouble),
+              "query_info_nce_loss: stats must be fp32 or fp64 [", FIELDS, ", n], got ",
+              stats.scalar_type(), " ", stats.sizes());
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return with_accumulator(stats.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const at::Tensor given = stats.contiguous();
+    const int64_t count = given.size(1);
+    const T* s = given.const_data_ptr<T>();
+    double sum = 0;
+    for (int64_t i = 0; i < count; ++i, ++s) {
+      const T top_positive = s[2 * count], positives = s[3 * count];
+      const T mean = s[4 * count] / s[5 * count];
+      const T margin = s[0] - top_positive + std::log(s[count] / positives);
+      const T missed = margin > 80 ? margin : std::log1p(std::exp(margin));
+      T loss = missed + (top_positive - mean + std::log(positives));
+      if (label_smoothing != 0) loss += T(label_smoothing) * (mean - s[6 * count] / texts);
+      sum += loss;
+    }
+    return at::full({}, sum, given.options());
+  });
+}
+
 Gradients query_info_nce_bwd(const at::Tensor& queries, const at::Tensor& text,
                              const at::Tensor& scale, const at::Tensor& ids, int64_t offset,
-                             const at::Tensor& stats, const at::Tensor& factor,
+                             const at::Tensor& stats, const at::Tensor& grad, int64_t world,
                              double label_smoothing, bool detach_columns,
                              std::array<bool, 2> output_mask, const std::optional<at::Tensor>& dots,
                              const std::optional<at::Tensor>& best) {
@@ -502,7 +531,7 @@ Gradients query_info_nce_bwd(const at::Tensor& queries, const at::Tensor& text,
                   stats.size(0) == FIELDS && stats.size(1) == images + texts,
               op, ": stats must be ", dtype, " [", FIELDS, ", ", images + texts, "], got ",
               stats.scalar_type(), " ", stats.sizes());
-  TORCH_CHECK(factor.is_cpu() && factor.numel() == 1, op, ": factor must have one element");
+  TORCH_CHECK(grad.is_cpu() && grad.numel() == 1, op, ": grad must have one element");
   const auto fits = [&](const std::optional<at::Tensor>& kept, at::ScalarType type) {
     return !kept || (kept->is_cpu() && kept->scalar_type() == type && kept->is_contiguous() &&
                      kept->dim() == 2 && kept->size(0) == images && kept->size(1) == texts);
@@ -512,8 +541,9 @@ Gradients query_info_nce_bwd(const at::Tensor& queries, const at::Tensor& text,
   const at::AutoDispatchBelowADInplaceOrView guard;
   return with_accumulator(queries.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const Weighting<T> weighting{scale.item().to<T>(), static_cast<T>(1 - label_smoothing),
-                                 static_cast<T>(label_smoothing / texts), factor.item().to<T>()};
+    const T s = scale.item().to<T>(), constant = grad.item().to<T>() * world / (2 * texts);
+    const Weighting<T> weighting{s, static_cast<T>(1 - label_smoothing),
+                                 static_cast<T>(label_smoothing / texts), constant, constant * s};
     return backward<T>(queries, text, ids, offset, stats, weighting, detach_columns, output_mask,
                        dots, best);
   });
@@ -523,6 +553,7 @@ Gradients query_info_nce_bwd(const at::Tensor& queries, const at::Tensor& text,
 
 TORCH_LIBRARY_IMPL(mmkern, CPU, m) {
   m.impl("query_info_nce_fwd", &query_info_nce_fwd);
+  m.impl("query_info_nce_loss", &query_info_nce_loss);
   m.impl("query_info_nce_bwd", &query_info_nce_bwd);
 }
 

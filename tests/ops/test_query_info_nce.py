@@ -527,8 +527,9 @@ class TestOperator:
         for keep, given in ((True, seed), (False, None)):
             torch.library.opcheck(package._fwd, (queries, text, scale, ids, 1, keep, given))
         stats, _, _, dots, best = package._fwd(queries, text, scale, ids, 1, True)
+        torch.library.opcheck(package._loss, (stats[:, :5], 0.1, 7))
         for mask in ([True, True], [True, False], [False, True]):
-            arguments = (queries, text, scale, ids, 1, stats, scale, 0.1, False, mask)
+            arguments = (queries, text, scale, ids, 1, stats, scale, 2, 0.1, False, mask)
             torch.library.opcheck(package._bwd, arguments)
             torch.library.opcheck(package._bwd, (*arguments, dots, best))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -56,7 +55,8 @@ def _fake_bwd(
     ids: Tensor,
     offset: int,
     stats: Tensor,
-    factor: Tensor,
+    grad: Tensor,
+    world: int,
     label_smoothing: float,
     detach_columns: bool,
     output_mask: list[bool],
@@ -65,7 +65,7 @@ def _fake_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_queries = queries.new_empty(queries.shape if output_mask[0] else (0,))
     d_text = stats.new_empty(text.shape if output_mask[1] else (0,))
-    return d_queries, d_text, stats.new_empty(queries.shape[0])
+    return d_queries, d_text, stats.new_empty(())
 
 
 def _flops_fwd(
@@ -90,7 +90,8 @@ def _flops_bwd(
     ids: Any,
     offset: Any,
     stats: Any,
-    factor: Any,
+    grad: Any,
+    world: Any,
     label_smoothing: Any,
     detach_columns: Any,
     output_mask: list[bool],
@@ -114,9 +115,16 @@ _fwd = _library.define(
     triton="mmkern.ops.query_info_nce.triton:query_info_nce_fwd",
     flops=_flops_fwd,
 )
+_loss = _library.define(
+    "query_info_nce_loss(Tensor stats, float label_smoothing, SymInt texts) -> Tensor",
+    reference=reference.query_info_nce_loss,
+    fake=lambda stats, label_smoothing, texts: stats.new_empty(()),
+    triton="mmkern.ops.query_info_nce.triton:query_info_nce_loss",
+    flops=lambda *args, **kwargs: 0,
+)
 _bwd = _library.define(
     "query_info_nce_bwd(Tensor queries, Tensor text, Tensor scale, Tensor ids, SymInt offset,"
-    " Tensor stats, Tensor factor, float label_smoothing, bool detach_columns,"
+    " Tensor stats, Tensor grad, SymInt world, float label_smoothing, bool detach_columns,"
     " bool[2] output_mask, Tensor? dots=None, Tensor? best=None)"
     " -> (Tensor d_queries, Tensor d_text, Tensor d_scale)",
     reference=reference.query_info_nce_bwd,
@@ -198,7 +206,7 @@ def query_info_nce(
     scale = _checks.scalar(op, "logit_scale", logit_scale, text)
     seed = _seed(op, negatives_seed, text)
     queries, text = _checks.autocast(queries, text)
-    shard = RowShard.of(op, queries[:, 0], text, group, name="queries")
+    shard = RowShard.of(op, text, text, group, name="queries")  # as many of both
     with _checks.exact(text):
         if ids is not None:
             ids = shard.gather(ids.to(torch.int64))
@@ -308,7 +316,8 @@ def _forward(
             least, rank = shard.exchange(keys[count:]).min(0)
             of_column = of_column.gather(0, rank[None])[0].masked_fill(least == torch.inf, -1)
             draws = torch.cat([draws[:count], of_column])
-    return _loss(own, smoothing, shard), draws, stats, dots, best
+    count = texts.shape[0]
+    return shard.sum(_loss(own, smoothing, count)) / (2 * count), draws, stats, dots, best
 
 
 def _merge(parts: Tensor) -> Tensor:
@@ -317,22 +326,6 @@ def _merge(parts: Tensor) -> Tensor:
     rescale = (parts[..., 0:4:2] - torch.where(top == -torch.inf, 0.0, top)).exp()
     sums = (parts[..., 1:4:2] * rescale).sum(0)
     return torch.cat([torch.stack([top, sums], 2).flatten(1), parts[..., 4:].sum(0)], 1)
-
-
-def _loss(stats: Tensor, smoothing: float, shard: RowShard) -> Tensor:
-    """From the statistics of local rows and columns.
-
-    LSE over all as (LSE over positives) + log(1 + exp(negatives - positives)): with one positive
-    its logit cancels exactly, and the loss keeps its digits where it is far below 1.
-    """
-    count = sum(shard.texts)
-    top_negative, negatives, top_positive, positives, total, number, every = stats.unbind()
-    mean = total / number
-    margin = (top_negative - top_positive) + (negatives / positives).log()
-    losses = F.softplus(margin, threshold=80) + ((top_positive - mean) + positives.log())
-    if smoothing:
-        losses = losses + smoothing * (mean - every / count)
-    return shard.sum(losses.sum()) / (2 * count)
 
 
 class _QueryInfoNCE(torch.autograd.Function):
@@ -354,13 +347,16 @@ class _QueryInfoNCE(torch.autograd.Function):
             queries, texts, scale, ids, smoothing, seed, shard, keep
         )
         ctx.mark_non_differentiable(draws)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(queries, texts, scale, ids, stats, *(kept if keep else ()))
         ctx.options, ctx.shard = (smoothing, detach_columns), shard
         return loss, draws
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         _checks.first_derivative_only("query_info_nce")
+        if grad is None:
+            return (None,) * 8
         with _checks.exact(grad):
             return (*_backward(ctx, grad), None, None, None, None, None)
 
@@ -371,14 +367,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
     shard: RowShard = ctx.shard
     want_queries, want_text, want_scale = ctx.needs_input_grad[:3]
     # DDP divides by the number of ranks; scaling by it here leaves the global gradient.
-    unscaled = grad.to(stats.dtype) * (shard.world / (2 * texts.shape[0]))
-    factor = unscaled * scale.to(stats.dtype).view(())
     d_queries, d_text, d_scale = _bwd(
-        queries, texts, scale, ids, shard.offset, stats, factor, *ctx.options,
+        queries, texts, scale, ids, shard.offset, stats, grad, shard.world, *ctx.options,
         [want_queries, want_text], *kept,
     )  # fmt: skip
     return (
         d_queries if want_queries else None,
         shard.reduce_scatter(d_text).to(texts.dtype) if want_text else None,
-        (d_scale.sum() * unscaled).to(scale.dtype).view(scale.shape) if want_scale else None,
+        d_scale.to(scale.dtype).view(scale.shape) if want_scale else None,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LOGITS = 1 << 22  # query-text products held at once
@@ -79,6 +80,24 @@ def query_info_nce_fwd(
     return stats, keys, draws, dots, best
 
 
+def query_info_nce_loss(stats: Tensor, label_smoothing: float, texts: int) -> Tensor:
+    """Sum of the losses of all rows and columns that `stats` [7, n] describes, 0-d.
+
+    LSE over all as (LSE over positives) + log(1 + exp(negatives - positives)): with one positive
+    its logit cancels exactly, and the loss keeps its digits where it is far below 1.
+
+    Args:
+        texts: number of texts, over which smoothing spreads.
+    """
+    top_negative, negatives, top_positive, positives, total, number, every = stats.unbind()
+    mean = total / number
+    margin = (top_negative - top_positive) + (negatives / positives).log()
+    losses = F.softplus(margin, threshold=80) + ((top_positive - mean) + positives.log())
+    if label_smoothing:
+        losses = losses + label_smoothing * (mean - every / texts)
+    return losses.sum()
+
+
 def query_info_nce_bwd(
     queries: Tensor,
     text: Tensor,
@@ -86,38 +105,42 @@ def query_info_nce_bwd(
     ids: Tensor,
     offset: int,
     stats: Tensor,
-    factor: Tensor,
+    grad: Tensor,
+    world: int,
     label_smoothing: float,
     detach_columns: bool,
     output_mask: list[bool],
     dots: Tensor | None = None,
     best: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients, times 2 M / scale: products with the weights of both directions.
+    """Gradients of the loss, times the number of ranks.
 
     R_ij = softmax_j(S)_ij - P_ij, C_ij = softmax_i(S)_ij - P_ij with the targets
     P_ij = (1 - ε) positive_ij / Σ_k positive_ik + ε / M; G = R + C.
 
     Args:
         stats: [7, B + M] as returned by the forward, the columns' over all images.
-        factor: one element, multiplies the first two results.
+        grad: one element, the gradient of the loss.
+        world: number of ranks; c = grad · world / 2 M.
         label_smoothing: ε.
         detach_columns: weights of the queries' gradient are R, those of the texts' C; else both G.
         output_mask: which of the first two results are wanted; the other is returned empty.
         dots, best: as returned by the forward; without them they are computed again.
 
     Returns:
-        d_queries [B, Q, D] in the queries' dtype: factor · Σ_j G_ij text_j over the texts whose
-        best query it is. d_text [M, D]: factor · Σ_i G_ij queries_i,best(i,j). d_scale [B]:
-        Σ_j G_ij dots_ij. The last two in fp32 (fp64 for fp64 inputs).
+        d_queries [B, Q, D] in the queries' dtype: c · scale · Σ_j G_ij text_j over the texts whose
+        best query it is. d_text [M, D]: c · scale · Σ_i G_ij queries_i,best(i,j). d_scale, 0-d:
+        c · Σ_ij G_ij dots_ij. The last two in fp32 (fp64 for fp64 inputs).
     """
     dtype = stats.dtype
     images, texts = queries.shape[0], text.shape[0]
-    columns, s, factor = text.to(dtype), scale.to(dtype).view(()), factor.to(dtype).view(())
+    columns, s = text.to(dtype), scale.to(dtype).view(())
+    constant = grad.to(dtype).view(()) * (world / (2 * texts))
+    factor = constant * s
     want_queries, want_text = output_mask
     d_queries = torch.empty_like(queries if want_queries else queries[:0, 0, 0])
     d_text = stats.new_zeros(text.shape if want_text else (0,))
-    d_scale = stats.new_empty(images)
+    d_scale = stats.new_zeros(())
     for start, stop in _bands(queries, texts):
         rows = queries[start:stop].to(dtype)
         if dots is None or best is None:
@@ -130,7 +153,7 @@ def query_info_nce_bwd(
             _weights(logits, positive, part, label_smoothing, texts)
             for part in (stats[:, start:stop, None], stats[:, None, images:])
         )
-        d_scale[start:stop] = ((row + column) * band).sum(1)
+        d_scale += ((row + column) * band).sum()
         if not detach_columns:
             row = column = row + column
         where = winners.long()[:, None]
@@ -141,7 +164,7 @@ def query_info_nce_bwd(
         if want_text:
             weight = spread.scatter(1, where, column[:, None])
             d_text += weight.flatten(0, 1).T @ rows.flatten(0, 1)
-    return d_queries, d_text.mul_(factor), d_scale
+    return d_queries, d_text.mul_(factor), d_scale.mul_(constant)
 
 
 def _weights(
