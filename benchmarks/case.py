@@ -90,6 +90,7 @@ class Suite:
         flops: work of a case; by default what the operator's registered formulas count.
         read_bytes: the least that a case moves; by default inputs once and gradients once.
         kernel: the registered operator whose backend rows name; by default ``<op>_fwd``.
+        drawn: whether a case draws at random (dropout), so that fp64 has nothing to compare with.
     """
 
     op: str
@@ -103,6 +104,7 @@ class Suite:
     flops: Callable[[Case], int] | None = None
     read_bytes: Callable[[Case], int] | None = None
     kernel: str = ""
+    drawn: Callable[[Case], bool] = lambda case: False
 
 
 def load(module: str) -> Suite:
@@ -207,8 +209,9 @@ def compulsory_bytes(suite: Suite, case: Case) -> int:
 
 
 def exact_outputs(suite: Suite, case: Case, inputs: Sequence[Any]) -> list[Tensor] | None:
-    """What a step should give: fp64 on the same (rounded) inputs. None where it takes minutes."""
-    if flops(suite, case) > FP64_FLOPS[case.device]:
+    """What a step should give: fp64 on the same (rounded) inputs. None where it takes minutes, or
+    where the case is drawn at random."""
+    if suite.drawn(case) or flops(suite, case) > FP64_FLOPS[case.device]:
         return None
     return step(suite.exact, [_wide(x) for x in inputs], case.mode)
 

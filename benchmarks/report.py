@@ -47,14 +47,15 @@ class Report:
         self.rows = rows.recorded(results)
         demo = results / rows.DEMO
         runs = rows.read_json(demo) if demo.exists() else []
-        files = (Path(__file__).parent / "ops").glob("[!_]*.py")
-        ops = sorted(path.stem for path in files)
+        here = Path(__file__).parent
+        ops = sorted(path.stem for path in (here / "ops").glob("[!_]*.py"))
+        models = sorted(path.stem for path in (here / "models").glob("[!_]*.py"))
         self.blocks: dict[str, Callable[[Path], str]] = {
             "headline": lambda document: tables.headline(ops, self.rows),
             "demo": lambda document: tables.demo(runs),
             "demo-prompts": lambda document: tables.demo_prompts(runs),
         }
-        for op in ops:
+        for op in [*ops, *models]:
             for table in (tables.time, tables.memory, tables.error):
                 self.blocks[f"{op}-{table.__name__}"] = partial(self._table, table, op)
             self.blocks[f"{op}-figure"] = partial(self._figures, op)

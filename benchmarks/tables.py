@@ -11,6 +11,7 @@ from benchmarks.rows import Row
 NO_ROWS = "_No rows recorded yet._"
 AGAINST = {
     "attention": "sdpa",
+    "blip2": "separate",
     "linear_cross_entropy": "compacted",
     "plora_linear": "mask",
 }  # others: the dense formula

@@ -195,8 +195,12 @@ class Blip2ForPretraining(Blip2Retrieval):
         """:meth:`forward` from the encoder's tokens [B, L, W] before its last norm (of a frozen
         encoder they may be computed ahead) and the texts' lengths [B]; nothing is checked."""
         keys_values = self.qformer.image_keys_values(self.norm_image(raw))
+        # One look into the table, whose gradient is as large as the table: words, then [DEC] words.
+        decoded = input_ids.clone()
+        decoded[:, 0] = self.config.dec_token_id
+        words, decoded = self.embeddings(torch.cat([input_ids, decoded])).chunk(2)
         image_rows, text_rows, generated = self._contrast_and_generation(
-            keys_values, input_ids, lengths
+            keys_values, words, decoded, lengths
         )
         image = F.normalize(self.vision_projection(image_rows), dim=-1)
         text = F.normalize(self.text_projection(text_rows), dim=-1)
@@ -215,6 +219,7 @@ class Blip2ForPretraining(Blip2Retrieval):
             raw,
             keys_values,
             input_ids,
+            words,
             lengths,
             contrast.negative_images,
             contrast.negative_texts,
@@ -234,17 +239,14 @@ class Blip2ForPretraining(Blip2Retrieval):
         )
 
     def _contrast_and_generation(
-        self, keys_values: KeysValues, input_ids: Tensor, lengths: Tensor
+        self, keys_values: KeysValues, words: Tensor, decoded: Tensor, lengths: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One pass [queries | text | text again]: query rows, first text rows, generating rows."""
-        slots = input_ids.shape[1]
-        decoded = input_ids.clone()
-        decoded[:, 0] = self.config.dec_token_id
-        text = torch.cat([self.embeddings(input_ids), self.embeddings(decoded)], 1)
-        queries = self.query_tokens.shape[1]
+        text = torch.cat([words, decoded], 1)
+        slots, queries = words.shape[1], self.query_tokens.shape[1]
         mask = RowIntervals.stage1(queries, slots, lengths)
         # Of the last layer: the text's first row, and the rows that have a next token.
-        wanted = torch.arange(slots - 1, 2 * slots - 1, device=input_ids.device)
+        wanted = torch.arange(slots - 1, 2 * slots - 1, device=words.device)
         wanted[0] = 0
         hidden = self.qformer(self.query_tokens, text, mask, keys_values, text_rows=wanted)
         return hidden[:, :queries], hidden[:, queries], hidden[:, queries + 1 :]
@@ -254,6 +256,7 @@ class Blip2ForPretraining(Blip2Retrieval):
         raw: Tensor,
         keys_values: KeysValues,
         input_ids: Tensor,
+        words: Tensor,
         lengths: Tensor,
         negative_images: Tensor | None,
         negative_texts: Tensor | None,
@@ -265,8 +268,8 @@ class Blip2ForPretraining(Blip2Retrieval):
         images, texts = negative_images.clamp(min=0), negative_texts.clamp(min=0)
         own = torch.arange(batch, device=input_ids.device)
         if ranks.world == 1:
-            input_ids = torch.cat([input_ids, input_ids, input_ids[texts]])
-            lengths = torch.cat([lengths, lengths, lengths[texts]])
+            rows = torch.cat([own, own, texts])
+            words, lengths = words[rows], lengths[rows]
             kv_row = torch.cat([own, images, own])
         else:
             # The encoder's tokens travel, not the norm's: its gradient is then local.
@@ -278,11 +281,13 @@ class Blip2ForPretraining(Blip2Retrieval):
                 )
             ]
             kv_row = torch.cat([own, own + batch, own])
-            input_ids = F.pad(input_ids, (0, ranks.columns - input_ids.shape[1]))
-            rows = torch.cat([input_ids, lengths[:, None]], 1)
-            rows = torch.cat([rows, rows, ranks.fetch(rows, texts)])
-            input_ids, lengths = rows[:, :-1], rows[:, -1]
-        hidden = self._match(keys_values, input_ids, lengths, kv_row)
+            short = ranks.columns - input_ids.shape[1]
+            rows = torch.cat([F.pad(input_ids, (0, short)), lengths[:, None]], 1)
+            rows = ranks.fetch(rows, texts)
+            words = F.pad(words, (0, 0, 0, short))
+            words = torch.cat([words, words, self.embeddings(rows[:, :-1])])
+            lengths = torch.cat([lengths, lengths, rows[:, -1]])
+        hidden = self._match(keys_values, words, lengths, kv_row)
         missing = torch.cat([negative_images, negative_texts]) < 0
         labels = torch.cat([torch.ones_like(own), torch.where(missing, -100, 0)])
         logits = self.itm_head(hidden.mean(1))

@@ -96,7 +96,7 @@ class Blip2Retrieval(Blip2Base):
             kv_row: int [R], the image of each text.
         """
         input_ids, lengths = self._text(input_ids, attention_mask)
-        hidden = self._match(image, input_ids, lengths, kv_row)
+        hidden = self._match(image, self.embeddings(input_ids), lengths, kv_row)
         return self.itm_head(hidden.mean(1))
 
     @torch.no_grad()
@@ -156,12 +156,11 @@ class Blip2Retrieval(Blip2Base):
         return image_to_text, text_to_image
 
     def _match(
-        self, image: Tensor | KeysValues, input_ids: Tensor, lengths: Tensor, kv_row: Tensor | None
+        self, image: Tensor | KeysValues, words: Tensor, lengths: Tensor, kv_row: Tensor | None
     ) -> Tensor:
-        """The query rows [R, Q, D] of one bidirectional pass."""
-        mask = RowIntervals.bidirectional(self.query_tokens.shape[1], input_ids.shape[1], lengths)
-        text = self.embeddings(input_ids)
-        return self.qformer(self.query_tokens, text, mask, image, kv_row=kv_row, text_rows=0)
+        """The query rows [R, Q, D] of one bidirectional pass over texts' embeddings [R, T, D]."""
+        mask = RowIntervals.bidirectional(self.query_tokens.shape[1], words.shape[1], lengths)
+        return self.qformer(self.query_tokens, words, mask, image, kv_row=kv_row, text_rows=0)
 
     def _text(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Ids and their lengths; on a CPU, where looking is free, columns of padding are cut."""

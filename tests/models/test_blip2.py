@@ -340,3 +340,27 @@ def test_bad_inputs_raise(arguments: dict[str, Any], error: type[Exception], mes
     """A mistake in the data would show as an index error deep inside, or not at all."""
     with pytest.raises(error, match=message):
         small_stage1()(**{**batch(), **arguments})
+
+
+def test_benchmark_variants_agree() -> None:
+    """What is timed against separate passes would compute something else, or sol be a share of the
+    wrong amount of work."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from benchmarks import case as cases
+    from benchmarks.models.blip2 import SUITE
+
+    shape = {"B": 2, "L": 10, "layers": 2, "vision": 0, "T": 24}
+    small = cases.Case(shape, "float32", "fwd+bwd", "captions")
+    inputs = SUITE.inputs(small)
+    ours = cases.step(SUITE.variants["mmkern"].make(), inputs, small.mode)
+    for name in ("separate", "cached"):
+        other = cases.step(SUITE.variants[name].make(), inputs, small.mode)
+        torch.testing.assert_close(ours[0], other[0])
+        for a, b in zip(ours[1:], other[1:], strict=True):
+            assert (a - b).norm() <= 1e-4 * b.norm() + 1e-6
+    full = cases.Case(shape, "float32", "fwd+bwd", "full")
+    inputs = SUITE.inputs(full)
+    with FlopCounterMode(display=False) as counter:
+        SUITE.variants["mmkern"].make()(*inputs).backward()
+    assert cases.flops(SUITE, full) == pytest.approx(counter.get_total_flops(), rel=0.1)

@@ -1,0 +1,1 @@
+"""Benchmarks of whole models, in the same form as those of operators."""
