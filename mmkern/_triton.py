@@ -1,4 +1,4 @@
-"""Triton pieces that the contrastive operators share: tiles of logits, launch geometry, compiling.
+"""Triton pieces that operators share: tiles of logits, masks by intervals, launches, compiling.
 
 Kernels read rows through tensor descriptors (the bulk copy engine) from sm_90 on, through pointers
 before. Nothing is tuned at run time: an operator's configurations are constants, chosen by dtype,
@@ -40,6 +40,7 @@ _WIDTH_MULTIPLE = 16  # features a row is padded to: 16-byte copies, and no mask
 _BLOCK_MULTIPLE = 128  # rows and columns a block of weights is cut at
 _PROGRAMS = 256  # programs a launch aims for: about two for each multiprocessor of an H100
 
+_RANGE: tl.constexpr = tl.constexpr(128)  # rows whose intervals are compared at a time
 _LARGE_TILES = 128  # fewer would leave multiprocessors idle
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -118,6 +119,8 @@ class Variant:
     config: Config | None  # None for the kernels without tiles of logits
     arguments: dict[str, str]  # Triton types of run-time arguments; features and ints may be absent
     constants: dict[str, object]
+    products: bool = False  # whether it multiplies matrices: 16 bit must reach the tensor cores
+    rare: bool = False  # whether to leave it to the long run of the tests
 
 
 @triton.jit
@@ -189,6 +192,107 @@ def positives_kernel(image, text, dots, rows, image_stride, text_stride, D,
         b = tl.load(text + index * text_stride + k + features[None, :], mask=mask, other=0.0)
         total += a.to(tl.float32) * b.to(tl.float32)
     tl.store(dots + i, tl.sum(total, 1), mask=i < rows)
+
+
+# Masks of layout.RowIntervals: bounds are (a0, a1, b0, b1) of rows, or of one row as scalars.
+
+
+@triton.jit
+def load_intervals(intervals, i, Lq, Lk):
+    """(a0, a1, b0, b1) of rows, cut to the keys there are; rows past the last see nothing."""
+    if intervals is None:
+        a1 = tl.where(i < Lq, Lk, 0)
+        return a1 * 0, a1, a1, a1
+    else:
+        row = intervals + tl.cast(i, tl.int64) * 4
+        a0 = tl.load(row, mask=i < Lq, other=0)
+        a1 = tl.load(row + 1, mask=i < Lq, other=0)
+        b0 = tl.load(row + 2, mask=i < Lq, other=0)
+        b1 = tl.load(row + 3, mask=i < Lq, other=0)
+        return tl.maximum(a0, 0), tl.minimum(a1, Lk), tl.maximum(b0, 0), tl.minimum(b1, Lk)
+
+
+@triton.jit
+def of_sample(intervals, sample, mask_sample):
+    """The intervals of a sample's rows; None stays None."""
+    if intervals is None:
+        return None
+    else:
+        return intervals + tl.cast(sample, tl.int64) * mask_sample
+
+
+@triton.jit
+def inside(bounds, j):
+    """Whether key j lies in either interval."""
+    a0, a1, b0, b1 = bounds
+    return ((a0 <= j) & (j < a1)) | ((b0 <= j) & (j < b1))
+
+
+@triton.jit
+def allowed(bounds, j):
+    """Rows x keys, [BM, BN]: what the rows may see."""
+    a0, a1, b0, b1 = bounds
+    return inside((a0[:, None], a1[:, None], b0[:, None], b1[:, None]), j[None, :])
+
+
+@triton.jit
+def hulls(bounds, Lk):
+    """The least intervals that hold those of all rows; an empty one goes from Lk to 0."""
+    a0, a1, b0, b1 = bounds
+    a, b = a0 < a1, b0 < b1
+    A0, A1 = tl.min(tl.where(a, a0, Lk), 0), tl.max(tl.where(a, a1, 0), 0)
+    B0, B1 = tl.min(tl.where(b, b0, Lk), 0), tl.max(tl.where(b, b1, 0), 0)
+    return A0, A1, B0, B1
+
+
+@triton.jit
+def common(bounds, rows, Lk):
+    """Two intervals that all rows may see; `rows` masks those past the last."""
+    a0, a1, b0, b1 = bounds
+    A0, A1 = tl.max(tl.where(rows, a0, 0), 0), tl.min(tl.where(rows, a1, Lk), 0)
+    B0, B1 = tl.max(tl.where(rows, b0, 0), 0), tl.min(tl.where(rows, b1, Lk), 0)
+    return A0, A1, B0, B1
+
+
+@triton.jit
+def covers(bounds, start, stop):
+    """Whether one of the intervals holds all keys from start to stop."""
+    a0, a1, b0, b1 = bounds
+    return ((a0 <= start) & (stop <= a1)) | ((b0 <= start) & (stop <= b1))
+
+
+@triton.jit
+def tile_ranges(hull, BN: tl.constexpr):
+    """Tiles of keys that meet hull A or hull B: (first, count) of one run and of a second, later
+    one. Hulls that touch, or B before A (rows with one interval in either place), make one run."""
+    A0, A1, B0, B1 = hull
+    a_first, a_end = A0 // BN, tl.cdiv(A1, BN)
+    b_first, b_end = B0 // BN, tl.cdiv(B1, BN)
+    a_some, b_some = A0 < A1, B0 < B1
+    joined = a_some & b_some & (b_first < a_first)
+    first = tl.where(a_some, tl.where(joined, b_first, a_first), b_first)
+    end = tl.where(a_some, tl.where(joined, tl.maximum(a_end, b_end), a_end), b_end)
+    count = tl.where(a_some | b_some, end - first, 0)
+    second = tl.maximum(b_first, end)
+    second_count = tl.where(a_some & b_some & (joined == 0), tl.maximum(b_end - second, 0), 0)
+    return first, count, second, second_count
+
+
+@triton.jit
+def row_range(mask, start, stop, Lq, Lk):
+    """[first, last) of the rows that see a key in [start, stop)."""
+    if mask is None:
+        return 0, Lq
+    else:
+        low, high = Lq, 0
+        for base in range(0, Lq, _RANGE):
+            i = base + tl.arange(0, _RANGE)
+            a0, a1, b0, b1 = load_intervals(mask, i, Lq, Lk)
+            meets = tl.maximum(a0, start) < tl.minimum(a1, stop)
+            meets = meets | (tl.maximum(b0, start) < tl.minimum(b1, stop))
+            low = tl.minimum(low, tl.min(tl.where(meets, i, Lq), 0))
+            high = tl.maximum(high, tl.max(tl.where(meets, i + 1, 0), 0))
+        return low, high
 
 
 def padded(features: Tensor) -> Tensor:
@@ -302,8 +406,7 @@ def launcher(function: Callable[..., Result]) -> Callable[..., Result]:
             raise NotImplementedError(
                 f"{function.__name__}: Triton kernels take fp32, bf16 or fp16, got {image.dtype}"
             )
-        on_device = torch.cuda.device(image.device) if image.is_cuda else nullcontext()
-        with on_device:
+        with torch.cuda.device(image.device) if image.is_cuda else nullcontext():
             return function(image, *arguments, **options)
 
     return launch
@@ -329,30 +432,47 @@ class Compiled:
 
 def compile_for(variant: Variant, arch: int) -> Compiled:
     """Compile for sm_<arch> without a device, and read off what the machine code needs."""
-    constants = dict(variant.constants)
-    if variant.config is not None:
-        constants |= variant.config.constants(variant.dtype)
+    constants = _constants(variant)
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
-    signature = {
-        name: "constexpr" if name in constants else _argument_type(variant, name)
-        for name in variant.kernel.arg_names
-    }
+    types = signature(variant)
     # Multiples of 16 by `padded` and by the allocator, as a launch would find and note.
     attrs = {
         (index,): [["tt.divisibility", 16]]
-        for index, (name, kind) in enumerate(signature.items())
+        for index, (name, kind) in enumerate(types.items())
         if kind.startswith("*") or (kind == "i32" and (name == "D" or name.endswith("_stride")))
     }
-    source = ASTSource(variant.kernel, signature, constants, attrs)
+    source = ASTSource(variant.kernel, types, constants, attrs)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    usage = _machine_code(compiled.asm["cubin"], "cuobjdump", "--dump-resource-usage")
+    registers, stack = (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    # A few bytes may be set aside and not be used.
+    if stack and not re.search(r"\b(STL|LDL)\b", _machine_code(compiled.asm["cubin"], "nvdisasm")):
+        stack = 0
+    return Compiled(registers, stack, compiled.metadata.shared, compiled.asm["ptx"])
+
+
+def _machine_code(cubin: bytes, tool: str, *options: str) -> str:
+    """What one of the tools in Triton's wheel says of a compiled kernel."""
+    path = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return Compiled(int(registers), int(stack), compiled.metadata.shared, compiled.asm["ptx"])
+        command = [path, *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def signature(variant: Variant) -> dict[str, str]:
+    """The Triton type of every argument of a variant's kernel; "constexpr" where it is constant."""
+    constants = _constants(variant)
+    return {
+        name: "constexpr" if name in constants else _argument_type(variant, name)
+        for name in variant.kernel.arg_names
+    }
+
+
+def _constants(variant: Variant) -> dict[str, object]:
+    config = variant.config
+    return variant.constants | (config.constants(variant.dtype) if config is not None else {})
 
 
 def _argument_type(variant: Variant, name: str) -> str:
