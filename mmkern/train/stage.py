@@ -13,6 +13,7 @@ import torch.distributed.nn.functional as distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmkern import ops
 from mmkern.train.parameter_groups import GroupRules
@@ -101,8 +102,16 @@ def _let_train(model: nn.Module) -> None:
 
 
 def _to_eval(module: nn.Module, arguments: Any) -> None:
-    if module.training:
-        module.eval()
+    if not module.training:
+        return
+    module.eval()
+    for layer in module.modules():
+        # transformers' layers recompute their activations in training mode only. A frozen language
+        # model passes gradients on, so its activations count. Its parts stay in eval mode; a layer
+        # that drops in its own forward has to stay there too.
+        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+            rate = getattr(layer, "dropout", 0.0)
+            layer.training = not (isinstance(rate, float) and rate > 0)
 
 
 def info_nce(outputs: Mapping[str, Tensor], group: ProcessGroup | None = None) -> Tensor:

@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Gemma2Config, PhiConfig
+from transformers.modeling_layers import GradientCheckpointingLayer as Recomputing
 
 from mmkern.models import blip2_generation, instructblip
 from mmkern.models.blip2_base import Blip2Base, ClipVisionConfig
+from mmkern.train.stage import Stage
 from tests.models.small_generation import (
     IMAGE,
     KINDS,
@@ -115,6 +117,36 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind: str, instruct: bo
     for (name, value), other in zip(model.named_parameters(), plain.parameters(), strict=True):
         if value.requires_grad:
             torch.testing.assert_close(value.grad, other.grad, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:.*checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_language_model_recomputes_too(kind: str) -> None:
+    """A stage puts what is frozen into eval mode, where transformers keeps all activations: a
+    frozen language model of billions would not fit where a trained one does."""
+    plain, model = small(kind), small(kind)
+    model.gradient_checkpointing_enable()
+    Stage(freeze=("vision_model.e*", "language_model.*")).apply(model)
+    calls: list[bool] = []
+    layers = [m for m in model.language_model.modules() if isinstance(m, Recomputing)]
+    for layer in layers:
+        first = next(m for m in layer.modules() if isinstance(m, torch.nn.Linear))
+        first.register_forward_pre_hook(lambda *_: calls.append(True))
+    inputs = batch(kind)
+    for _ in range(2):
+        calls.clear()
+        model.train()
+        loss = model(**inputs).loss
+        loss.backward()
+        assert len(calls) == 2 * len(layers) > 0
+    assert not any(m.training for m in model.language_model.modules() if m not in layers)
+    torch.testing.assert_close(loss, plain(**inputs).loss)
+    # OPT's layers would drop in their own forward: no dropout comes before memory.
+    if kind == "opt":
+        layers[0].dropout = 0.1
+        model.train()
+        model(**inputs)
+        assert not layers[0].training
 
 
 class Shapes(TorchDispatchMode):
