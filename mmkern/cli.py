@@ -6,9 +6,6 @@ Everything heavy is imported inside the commands, so ``mmkern --help`` answers a
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
-import math
 import os
 import sys
 import time
@@ -19,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmkern.train.recipe import Recipe
+    pass
 
 TRAIN_HELP = """\
 Train what a recipe describes. A recipe is a YAML file: the name of one that comes with mmkern, or a
@@ -210,91 +207,19 @@ def _evaluate(chosen: argparse.Namespace) -> int:
     with _user_errors():
         import torch
 
+        from mmkern.measure import measure, report
         from mmkern.train.recipe import load_recipe
         from mmkern.train.run import RECIPE_FILE, load_run, write_metrics
 
         _, model = load_run(directory)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         recipe = load_recipe(directory / RECIPE_FILE, chosen.overrides)
-        measure = _measure_emoji if recipe.data.source == "emoji" else _measure_pairs
         metrics = measure(directory, recipe, model)
     metrics["eval_seconds"] = round(time.perf_counter() - started, 1)
-    print(_report(recipe, write_metrics(directory, metrics)))
+    print(report(recipe, write_metrics(directory, metrics)))
     written = sorted(path.name for path in directory.glob("*.png"))
     print(f"\nwritten to {directory}: {', '.join(['metrics.json', *written])}")
     return 0
-
-
-def _measure_emoji(directory: Path, recipe: Recipe, model: Any) -> dict[str, Any]:
-    """Zero-shot on held-out vendors and all that goes with it; draws into ``directory``."""
-    from mmkern import data
-    from mmkern.eval import emoji_report
-    from mmkern.eval.emoji import EmojiEncoder
-    from mmkern.eval.plots import plot_losses
-
-    source, options = recipe.data, recipe.evaluation.options
-    trained = source.options.get("vendors", data.emoji.VENDORS)
-    try:
-        emoji_report.check_options(options, trained, source.options.get("reserve"))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    encoder = EmojiEncoder(
-        model,
-        data.ClipTokenizer(source.vocabulary, model.config.context_length),
-        data.PixelTransform(source.mean or data.MEAN, source.std or data.STD),
-        batch_size=recipe.evaluation.batch_size,
-    )
-    if history := _loss_history(directory):  # none yet if the run was killed early
-        chance = math.log(recipe.train.batch_size)
-        plot_losses(history, directory / "losses.png", chance=chance)
-    return emoji_report.evaluate(
-        encoder,
-        directory,
-        trained=trained,
-        templates=recipe.evaluation.templates or ("{}",),
-        reserve=source.options.get("reserve"),
-        progress=lambda part: print(f"measuring {part}", file=sys.stderr, flush=True),
-        **options,
-    )
-
-
-def _measure_pairs(directory: Path, recipe: Recipe, model: Any) -> dict[str, Any]:
-    """Retrieval both ways on the pairs of ``evaluation.options.path``."""
-    from torch.utils.data import DataLoader
-
-    from mmkern.eval.retrieval import encode_pairs, recall_at_k
-    from mmkern.train.run import build_data
-
-    options = recipe.evaluation.options
-    if recipe.evaluation.templates:
-        raise UserError("evaluation.templates: only emoji are tested zero-shot, not pairs")
-    if set(options) - {"path", "pairs"} or "path" not in options:
-        raise UserError(
-            "evaluation.options needs path (pairs to test on, stored as the training data is) and "
-            f"takes pairs (how many of them), got {sorted(options)}"
-        )
-    source = dataclasses.replace(recipe.data, path=options["path"], augment=None)
-    pairs = build_data(dataclasses.replace(recipe, data=source), model)
-    loader = DataLoader(pairs.dataset, recipe.evaluation.batch_size, collate_fn=pairs.collator)
-    image, text = encode_pairs(model, loader, options.get("pairs", 5000))
-    return {"retrieval": recall_at_k(image, text), "retrieval_pairs": len(image)}
-
-
-def _loss_history(directory: Path) -> list[tuple[float, float]]:
-    from mmkern.train.checkpoint import STATE, complete_checkpoints
-
-    state = complete_checkpoints(directory)[-1] / STATE
-    history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
-    return [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-
-
-def _report(recipe: Recipe, metrics: dict[str, Any]) -> str:
-    if recipe.data.source == "emoji":
-        from mmkern.eval.emoji_report import table
-
-        return table(metrics)
-    rows = metrics["retrieval"].items()
-    return "\n".join(f"{name:<20}{100 * value:6.1f}%" for name, value in rows)
 
 
 def _info(chosen: argparse.Namespace) -> int:

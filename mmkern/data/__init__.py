@@ -2,7 +2,7 @@
 
 from mmkern.data.collator import ContrastiveCollator
 from mmkern.data.emoji import EmojiData, EmojiView, pixel_neighbour_top1
-from mmkern.data.emoji_questions import EmojiQuestions
+from mmkern.data.emoji_questions import KINDS, EmojiQuestions
 from mmkern.data.images import (
     MEAN,
     STD,
@@ -21,6 +21,7 @@ from mmkern.data.shards import ShardDataset, ShardError
 from mmkern.data.tokenizer import ClipTokenizer
 
 __all__ = [
+    "KINDS",
     "MEAN",
     "STD",
     "TEMPLATES",

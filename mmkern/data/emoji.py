@@ -238,6 +238,7 @@ class EmojiView(EpochAware, Dataset[Sample]):
 
     def __init__(self, data: EmojiData, rows: Tensor) -> None:
         super().__init__()
+        self.data, self.rows = data, rows
         self.names = data.names
         self.categories = data.categories
         self.category_ids = data.category_ids
@@ -261,6 +262,10 @@ class EmojiView(EpochAware, Dataset[Sample]):
             "index": index % count,
             "epoch": self.epoch,
         }
+
+    def subset(self, places: Tensor) -> EmojiView:
+        """The pictures at some places of this view, int64."""
+        return EmojiView(self.data, self.rows[places])
 
     def answer_matrix(self) -> Tensor:
         """bool [n, names]: which names are right for each picture: its own, and any tied one.

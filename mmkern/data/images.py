@@ -261,13 +261,15 @@ class ClipTransform:
     nearest pixel for palette and 1-bit pictures.
 
     Training (``train=True``): a crop that covers ``scale`` of the area with an aspect ratio in
-    ``ratio``, resized to size x size (torchvision's RandomResizedCrop; CLIP's scale is (0.9, 1)).
+    ``ratio``, resized to size x size (torchvision's RandomResizedCrop; CLIP's scale is (0.9, 1)),
+    and with ``flip`` mirrored half of the time (as BLIP-2's).
 
     Args:
         size: edge of the result in pixels.
         mean, std: per channel, of values in 0..1.
         train: augment.
         scale, ratio: ranges for the training crop.
+        flip: mirror training pictures left to right, half of them.
 
     Raises:
         ValueError: a size below 1, ranges that are not 0 < low <= high, wrong channel counts.
@@ -282,6 +284,7 @@ class ClipTransform:
         *,
         scale: tuple[float, float] = (0.9, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: bool = False,
     ) -> None:
         _positive("ClipTransform", "size", size)
         for argument, (low, high) in (("scale", scale), ("ratio", ratio)):
@@ -293,6 +296,7 @@ class ClipTransform:
         self.train = train
         self.scale = scale
         self.ratio = ratio
+        self.flip = flip
         self._mean, self._std = _channels("ClipTransform", mean, std)
 
     def __call__(self, picture: Any, generator: torch.Generator | None = None) -> Tensor:
@@ -321,6 +325,8 @@ class ClipTransform:
             box = _random_box(picture.size, self.scale, self.ratio, numbers)
             # Cut out first, as torchvision does: the filter must not see what was cut off.
             picture = picture.crop(box).resize((self.size, self.size), Image.Resampling.BICUBIC)
+            if self.flip and torch.rand(1, generator=generator).item() < 0.5:
+                picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
         return pixels.float().div_(255).sub_(self._mean).div_(self._std)
 

@@ -238,6 +238,15 @@ class _LanguageCollator(_Collator):
             rows.append((ids[:first][-self.prompt_length :], ids[first:][: self.answer_length]))
         return rows
 
+    def answer_ids(self, pairs: Sequence[tuple[Mapping[str, Any], str]]) -> list[list[int]]:
+        """The ids that each sample's prompt is followed by if the answer is the one given."""
+        samples = [
+            {**sample, ("text" if "text" in sample else "answer"): answer}
+            for sample, answer in pairs
+        ]
+        keys = sample_keys(self.seed, *([s[name] for s in samples] for name in ("epoch", "index")))
+        return [[*answer, *self.eos] for _, answer in self._split(self.texts(samples, keys))]
+
     def _check(self, rows: Sequence[Sequence[int]]) -> None:
         """Every sample must have exactly its picture's tokens."""
         for number, row in enumerate(rows):

@@ -74,8 +74,9 @@ class QuestionDataset(PairDataset):
     ) -> QuestionDataset:
         """Read one JSON object a line, in UTF-8: an image's path, a question, an answer.
 
-        An answer may be a list of texts (of ten people, say). A row with LLaVA's
-        ``conversations`` gives a question for each round, without what was said before it.
+        Kinds whose templates are whole instructions (captions) need no question. An answer may be a
+        list of texts (of ten people, say). A row with LLaVA's ``conversations`` gives a question
+        for each round, without what was said before it.
 
         Args:
             path: the table.
@@ -89,7 +90,8 @@ class QuestionDataset(PairDataset):
         """
         table = existing_table(path)
         columns = (image_column, question_column, answer_column)
-        rows = _rows(table, columns)
+        asks = "{}" in TEMPLATES.get(kind, ("{}",))[0]
+        rows = _rows(table, columns, asks)
         folder = Path(root) if root is not None else table.parent
         good, dropped = usable_rows(rows, table, folder, on_error, check_files)
         images, questions, answers = zip(*good, strict=True)
@@ -97,10 +99,14 @@ class QuestionDataset(PairDataset):
         data.dropped = dropped
         return data
 
+    def answers(self, index: int) -> list[str]:
+        """Every right answer to question ``index``."""
+        return self._answers[index].split("\n")
+
     def __getitem__(self, index: int) -> Question:  # type: ignore[override]
         """Question ``index``; errors as ``PairDataset`` raises them."""
         sample, source = self._open(index)
-        answers = self._answers[source].split("\n")
+        answers = self.answers(source)
         key = sample_keys(self.seed, sample["epoch"], [sample["index"]])
         chosen = int(uniform(key, 1, Stream.ANSWER)[0, 0] * len(answers))
         return {
@@ -113,15 +119,19 @@ class QuestionDataset(PairDataset):
         }
 
 
-def _rows(table: Path, columns: tuple[str, str, str]) -> Iterator[tuple[tuple[str, ...], str]]:
+def _rows(
+    table: Path, columns: tuple[str, str, str], asks: bool
+) -> Iterator[tuple[tuple[str, ...], str]]:
     """((image, question, answers), what is wrong)."""
+    image, question, answer = columns
     for where, fields, problem in json_lines(table):
         if problem:
             yield (), problem
         elif "conversations" in fields:
-            yield from _rounds(where, fields, columns[0])
+            yield from _rounds(where, fields, image)
         else:
-            yield _checked(where, [fields.get(column) for column in columns], columns)
+            texts = {image: fields.get(image)} | ({question: fields.get(question)} if asks else {})
+            yield _checked(where, texts, answer, fields.get(answer))
 
 
 def _rounds(
@@ -136,20 +146,19 @@ def _rounds(
         if (asked.get("from"), replied.get("from")) != ("human", "gpt"):
             yield (), f"{where}: 'conversations' must alternate human and gpt"
             return
-        question = str(asked.get("value", "")).replace("<image>", "").strip()
-        columns = (image_column, "value", "value")
-        yield _checked(where, [fields.get(image_column), question, replied.get("value")], columns)
+        question = str(asked.get("value", "")).replace("<image>", "")
+        texts = {image_column: fields.get(image_column), "value": question}
+        yield _checked(where, texts, "value", replied.get("value"))
 
 
-def _checked(where: str, values: list[Any], columns: Sequence[str]) -> tuple[tuple[str, ...], str]:
-    *texts, answer = values
+def _checked(
+    where: str, texts: dict[str, Any], column: str, answer: Any
+) -> tuple[tuple[str, ...], str]:
     answers = answer if isinstance(answer, list) else [answer]
-    for column, value in zip(
-        (*columns[:2], *(columns[2] for _ in answers)), (*texts, *answers), strict=True
-    ):
+    for name, value in (*texts.items(), *((column, one) for one in answers)):
         if not isinstance(value, str) or not value.strip():
-            return (), f"{where}: {column!r} must be text, got {value!r}"
+            return (), f"{where}: {name!r} must be text, got {value!r}"
     if not answers:
-        return (), f"{where}: {columns[2]!r} has no answers"
-    joined = "\n".join(" ".join(text.split()) for text in answers)
-    return (texts[0].strip(), texts[1].strip(), joined), ""
+        return (), f"{where}: {column!r} has no answers"
+    image, question = (*(text.strip() for text in texts.values()), "")[:2]
+    return (image, question, "\n".join(" ".join(text.split()) for text in answers)), ""

@@ -77,6 +77,34 @@ def recall_at_k(
     return result
 
 
+def recall_from_scores(
+    image_to_text: Tensor, text_to_image: Tensor, match: Tensor, ks: Sequence[int] = (1, 5, 10)
+) -> dict[str, float]:
+    """The same from score matrices, which may differ by direction (after re-ranking).
+
+    Args:
+        image_to_text: [N, M], texts ranked along each row.
+        text_to_image: [N, M], pictures ranked along each column.
+        match: [N, M] bool.
+        ks: the k of "R@k".
+
+    Raises:
+        ValueError: shapes that differ, or a query that matches nothing.
+    """
+    if not image_to_text.shape == text_to_image.shape == match.shape:
+        raise ValueError(
+            f"recall_from_scores: expected three matrices of one shape, got "
+            f"{tuple(image_to_text.shape)}, {tuple(text_to_image.shape)} and {tuple(match.shape)}"
+        )
+    ranks = {
+        "image_to_text": best_rank(image_to_text, match),
+        "text_to_image": best_rank(text_to_image.T, match.T),
+    }
+    return {
+        f"{way}_r{k}": (rank < k).double().mean().item() for way, rank in ranks.items() for k in ks
+    }
+
+
 @torch.no_grad()
 def encode_pairs(
     model: Any, batches: Iterable[Mapping[str, Tensor]], limit: int

@@ -38,18 +38,73 @@ def _require_templates(key: str, templates: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model. ``builder`` names a function of ``mmkern.models``.
+    """Which model. ``builder`` names a function or a class of ``mmkern.models``.
 
     Attributes:
-        builder: for example ``clip_vit_b_32``.
+        builder: for example ``clip_vit_b_32``, or ``Blip2ForConditionalGeneration`` for sizes of
+            one's own.
         overrides: its keyword arguments, that is, fields of the model's configuration.
         weights: a directory written by ``save_pretrained`` (a run's checkpoint, say) to start from
             instead of the builder's initialisation; read strictly.
+        start: part of the model -> what it starts from (:mod:`mmkern.train.starts`): a run, the
+            recipe of a run (trained first if it is not there), a model that a package brings, or a
+            folder of transformers.
+        language_model_dtype: what a frozen language model is held in.
     """
 
     builder: str
     overrides: dict[str, Any] = field(default_factory=dict)
     weights: str | None = None
+    start: dict[str, str] = field(default_factory=dict)
+    language_model_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """One data set of a mixture; its share is weight times the square root of its size.
+
+    Attributes:
+        weight: see :class:`mmkern.data.Mixture`.
+        path: a table of JSON lines. Not used by ``emoji``, where the entry's name is the kind.
+        kind: of its questions; see ``mmkern.data.TEMPLATES``.
+        options: further keyword arguments of ``QuestionDataset.from_jsonl``.
+    """
+
+    weight: float = 1.0
+    path: str | None = None
+    kind: str = "question"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Tokens of systems with a Q-Former or a language model (:mod:`mmkern.data.language`).
+
+    Attributes:
+        tokenizer: of the language model, or of the Q-Former in BLIP-2's first stage: ``smollm2``,
+            ``minilm``, or a folder of transformers.
+        qformer_tokenizer: of the Q-Former that reads instructions (InstructBLIP).
+        length: tokens of a caption in the first stage.
+        prompt: stands before captions and is not trained on.
+        prompt_length, answer_length: tokens at most.
+        bos: begin texts with the tokenizer's first token; ``label_bos``: and train on it.
+        end: text that ends an answer; null is the tokenizer's own end.
+    """
+
+    tokenizer: str | None = None
+    qformer_tokenizer: str | None = None
+    length: int = 32
+    prompt: str = ""
+    prompt_length: int = 128
+    answer_length: int = 256
+    bos: bool = False
+    label_bos: bool = False
+    end: str | None = None
+
+    def __post_init__(self) -> None:
+        for key, least in (("length", 3), ("prompt_length", 3), ("answer_length", 1)):
+            value = getattr(self, key)
+            _require(value >= least, f"data.text.{key}", f"at least {least}", value)
 
 
 @dataclass(frozen=True)
@@ -58,17 +113,22 @@ class DataConfig:
 
     Attributes:
         source: ``emoji`` (pictures that come in Python packages), a ``folder`` of pictures with
-            captions beside them, a ``csv`` or ``jsonl`` table, or webdataset tar ``shards``.
-        path: the folder, the table, or the shards' pattern. Not used by ``emoji``.
+            captions beside them, a ``csv`` or ``jsonl`` table, webdataset tar ``shards``, or a
+            ``mixture`` of questions in JSON lines.
+        path: the folder, the table, or the shards' pattern. Not used by ``emoji`` and ``mixture``.
         options: further keyword arguments of that source's reader (column names, for example).
         templates: captions are put in the place of "{}" in one of these, drawn anew each epoch.
         augment: arguments of the augmentation (``ClipTransform``: scale, ratio; for emoji
             ``PixelTransform``: shift, jitter); null switches it off.
         mean, std: normalisation, CLIP's when null.
-        vocabulary: the tokenizer's vocabulary file; null finds an installed one.
+        vocabulary: CLIP's vocabulary file; null finds an installed one.
+        text: tokens of the other systems.
+        mixture: name -> data set of questions. With ``emoji`` the names are kinds of questions, and
+            without any the names of the pictures are captions.
+        samples: of a mixture's epoch; null is the sum of its sizes.
     """
 
-    source: Literal["emoji", "folder", "csv", "jsonl", "shards"]
+    source: Literal["emoji", "folder", "csv", "jsonl", "shards", "mixture"]
     path: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     templates: tuple[str, ...] = ("{}",)
@@ -76,10 +136,21 @@ class DataConfig:
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     vocabulary: str | None = None
+    text: TextConfig = field(default_factory=TextConfig)
+    mixture: dict[str, MixtureConfig] = field(default_factory=dict)
+    samples: int | None = None
 
     def __post_init__(self) -> None:
-        if self.source != "emoji":
+        if self.source == "mixture":
+            for name, entry in self.mixture.items():
+                _require(entry.path is not None, f"data.mixture.{name}.path", "set", entry.path)
+            _require(len(self.mixture) > 0, "data.mixture", "set for source mixture", self.mixture)
+        elif self.source != "emoji":
             _require(self.path is not None, "data.path", f"set for source {self.source}", self.path)
+            _require(
+                not self.mixture, "data.mixture", "empty but for emoji and mixture", self.mixture
+            )
+        _require(self.samples is None or self.samples > 0, "data.samples", "positive", self.samples)
         _require(len(self.templates) > 0, "data.templates", "at least one", self.templates)
         _require_templates("data.templates", self.templates)
         if self.std is not None:
@@ -98,6 +169,7 @@ class TrainConfig:
         precision: autocast dtype; ``fp16`` also scales the loss and needs a GPU.
         loss: ``mmkern`` (the fused operator) or ``torch`` (the N x N matrix, for comparison).
         schedule: after ``warmup_steps`` linear ones. ``warmup_steps`` below 1 is a share of all.
+        min_lr: where the cosine ends.
         layer_decay: the rate of block i of L is lr * layer_decay**(L - i); 1 switches it off.
         rates: shell patterns of parameter names -> factor of lr (a fresh projector's, say).
         freeze: shell patterns of parameter names that are not trained.
@@ -115,6 +187,7 @@ class TrainConfig:
     weight_decay: float = 0.2
     warmup_steps: float = 2000
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    min_lr: float = 0.0
     layer_decay: float = 1.0
     rates: dict[str, float] = field(default_factory=dict)
     freeze: tuple[str, ...] = ()
@@ -138,12 +211,18 @@ class TrainConfig:
                     "eps", "gradient_cache_chunk", "max_grad_norm"):  # fmt: skip
             value = getattr(self, key)
             _require(value is None or value > 0, f"train.{key}", "positive", value)
-        for key in ("weight_decay", "warmup_steps", "seed", "workers"):
+        for key in ("weight_decay", "warmup_steps", "seed", "workers", "min_lr"):
             value = getattr(self, key)
             _require(value >= 0, f"train.{key}", "at least 0", value)
         _require(self.batch_size > 1, "train.batch_size", "at least 2", self.batch_size)
         _require(all(0 <= b < 1 for b in self.betas), "train.betas", "in [0, 1)", self.betas)
         _require(0 < self.layer_decay <= 1, "train.layer_decay", "in (0, 1]", self.layer_decay)
+        _require(
+            not self.min_lr or self.schedule == "cosine",
+            "train.min_lr",
+            "0 but for cosine",
+            self.min_lr,
+        )
         whole = self.warmup_steps < 1 or self.warmup_steps == int(self.warmup_steps)
         _require(whole, "train.warmup_steps", "whole, or a share below 1", self.warmup_steps)
 

@@ -7,26 +7,32 @@ checkpoint.
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from mmkern import _library, data
+from mmkern import _library
 from mmkern.train import checkpoint
+from mmkern.train.batches import (
+    as_recipe_error,
+    build_data,
+    check_data,
+    check_keys,
+    parameters,
+)
 from mmkern.train.parameter_groups import GroupRules, parameter_groups
-from mmkern.train.recipe import Recipe, RecipeError, load_recipe, nearest
+from mmkern.train.recipe import Recipe, RecipeError, load_recipe
 from mmkern.train.stage import OBJECTIVES, Stage
+from mmkern.train.starts import required_runs, start
+from mmkern.train.systems import make_model, model_class, system
 from mmkern.train.trainer import Trainer
 
 RECIPE_FILE = "recipe.yaml"
@@ -34,23 +40,9 @@ METRICS_FILE = "metrics.json"
 # What may differ when a run goes on: none of these changes what is learnt.
 _FREE = ("output_dir", "evaluation", "train.log_every", "train.save_every", "train.keep")
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # A number of steps that no run reaches: only the last checkpoint is written.
 _NEVER = 2**31
-_READERS: dict[str, Callable[..., Any]] = {
-    "folder": data.PairDataset.from_folder,
-    "csv": data.PairDataset.from_csv,
-    "jsonl": data.PairDataset.from_jsonl,
-    "shards": data.ShardDataset,
-}
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What a trainer needs besides the model."""
-
-    dataset: Any
-    batch_sampler: Any
-    collator: data.ContrastiveCollator
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -74,6 +66,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
         os.replace(directory / f"{RECIPE_FILE}.new", directory / RECIPE_FILE)
     if done := finished(directory):
         return done
+    for needed in required_runs(recipe):
+        train(load_recipe(needed))
     model = build_model(recipe)
     _check_patterns(recipe, model)
     pairs = build_data(recipe, model, arguments.process_index, arguments.world_size)
@@ -94,7 +88,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         "resumed": resumed,
         "pairs": len(pairs.dataset),
         "loss": next((e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e), None),
-        "backend": _library.backend("info_nce_fwd", arguments.device.type)[0]
+        "backend": _library.backend(system(recipe).operator, arguments.device.type)[0]
         if recipe.train.loss == "mmkern"
         else "torch",
     }
@@ -125,7 +119,7 @@ def load_run(directory: str | Path) -> tuple[Recipe, nn.Module]:
     whole = checkpoint.complete_checkpoints(directory)
     if not whole:
         raise checkpoint.CheckpointError(f"{directory} has no complete checkpoint yet")
-    model = build_model(recipe)
+    model = build_model(recipe, fresh=False)
     checkpoint.load_strict(model, whole[-1])
     return recipe, model.eval()
 
@@ -160,97 +154,41 @@ def check(recipe: Recipe) -> None:
         )
     if recipe.train.precision == "fp16" and not torch.cuda.is_available():
         raise RecipeError("recipe: train.precision=fp16 needs a CUDA device; use bf16 or fp32")
-    configuration = get_type_hints(builder(recipe.model.builder))["return"].config_class
-    _check_keys("model.overrides", recipe.model.overrides, _parameters(configuration.__init__))
-    transform: Any = data.ClipTransform
-    if recipe.data.source == "emoji":
-        allowed, transform = _parameters(data.EmojiData.view), data.PixelTransform
-    else:
-        allowed = _parameters(_READERS[recipe.data.source])
-        allowed -= {"path", "folder", "shards", "seed", "rank", "world_size"}
-    _check_keys("data.options", recipe.data.options, allowed)
-    if recipe.data.source == "shards" and "epoch_samples" not in recipe.data.options:
+    trained = system(recipe)
+    configuration = model_class(recipe.model.builder).config_class
+    check_keys("model.overrides", recipe.model.overrides, parameters(configuration.__init__))
+    check_keys("model.start", recipe.model.start, set(trained.parts))
+    cached = recipe.train.gradient_cache_chunk is not None
+    if not trained.objective and (cached or recipe.train.loss != "mmkern"):
         raise RecipeError(
-            "recipe: data.options.epoch_samples must be set for shards: pairs in an epoch over all "
-            "processes (tar files do not say how many they hold)"
+            f"recipe: train.gradient_cache_chunk and train.loss are not for {trained.name}: its "
+            "losses are the model's"
         )
-    augmentation = _parameters(transform.__init__) - {"size", "mean", "std", "train"}
-    _check_keys("data.augment", recipe.data.augment or {}, augmentation)
+    check_data(recipe, trained)
     _check_same_run(recipe)
 
 
-def builder(name: str) -> Callable[..., Any]:
-    """The function of that name in ``mmkern.models``.
+def build_model(recipe: Recipe, *, fresh: bool = True) -> nn.Module:
+    """The recipe's model, initialised from its seed and its ``start``, or read from ``weights``.
 
-    Raises:
-        RecipeError: there is none.
+    With ``fresh=False`` its weights are about to be loaded, and nothing is read.
     """
-    system = name.partition("_")[0]
-    path = f"mmkern.models.{system}"
-    module = importlib.import_module(path) if _exists(path) else None
-    names = [n for n in dir(module) if n.startswith(f"{system}_")]
-    if module is None or name not in names:
-        hint = nearest(name, names) if names else "; names begin with the system, clip_vit_b_32"
-        raise RecipeError(f"recipe: no model builder {name!r}{hint}")
-    function: Callable[..., Any] = getattr(module, name)
-    return function
-
-
-def build_model(recipe: Recipe) -> nn.Module:
-    """The recipe's model, initialised from its seed or read from its ``weights``."""
     torch.manual_seed(recipe.train.seed)
-    with _as_recipe_error("model"):
-        model: nn.Module = builder(recipe.model.builder)(**recipe.model.overrides)
-    if recipe.model.weights is not None:
+    with as_recipe_error("model"):
+        model = make_model(recipe.model.builder, recipe.model.overrides)
+    if fresh:
+        start(recipe, model, load_run)
+    if fresh and recipe.model.weights is not None:
         checkpoint.load_strict(model, recipe.model.weights)
+    if recipe.model.language_model_dtype != "fp32":
+        model.language_model.to(_DTYPES[recipe.model.language_model_dtype])
     return model
-
-
-def build_data(recipe: Recipe, model: Any, rank: int = 0, world_size: int = 1) -> TrainingData:
-    """The recipe's pairs, their order, and the collator; sizes are the model's."""
-    source, seed = recipe.data, recipe.train.seed
-    statistics = {"mean": source.mean or data.MEAN, "std": source.std or data.STD}
-    augment: dict[str, Any] = {**statistics, "train": source.augment is not None}
-    augment.update(source.augment or {})
-    tokenizer = data.ClipTokenizer(source.vocabulary, model.config.context_length)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise RecipeError(
-            f"recipe: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is "
-            f"{model.config.vocab_size}"
-        )
-    with _as_recipe_error("data"):
-        sampler: Any = None
-        if source.source == "emoji":
-            options = {"vendors": data.emoji.VENDORS, **source.options}
-            dataset: Any = data.EmojiData.load(model.config.image_size).view(**options)
-            rows = recipe.train.batch_size // world_size
-            labels = dataset.group_ids()
-            sampler = data.UniqueBatchSampler(labels, rows, seed, rank=rank, world_size=world_size)
-            transform: Any = data.PixelTransform(**augment)
-        else:
-            dataset = _READERS[source.source](source.path, seed=seed, **source.options)
-            transform = data.ClipTransform(model.config.image_size, **augment)
-        collator = data.ContrastiveCollator(transform, tokenizer, seed, templates=source.templates)
-    if source.source == "emoji":
-        collator.pretokenize(dataset.names)
-    return TrainingData(dataset, sampler, collator)
-
-
-@contextmanager
-def _as_recipe_error(section: str) -> Iterator[None]:
-    """Values that only the model or the data can judge: say where in the recipe they stand."""
-    try:
-        yield
-    except (RecipeError, data.PairError, data.ShardError, data.ImageError):
-        raise
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"recipe: {section}: {error}") from error
 
 
 def _check_patterns(recipe: Recipe, model: nn.Module) -> None:
     """Settings that only the model's parameter names can judge."""
     chosen = stage(recipe)
-    with _as_recipe_error("train"):
+    with as_recipe_error("train"):
         chosen.apply(model)
         parameter_groups(model, recipe.train.lr, chosen.groups)
 
@@ -261,7 +199,7 @@ def stage(recipe: Recipe) -> Stage:
     return Stage(
         name=recipe.model.builder,
         freeze=settings.freeze,
-        objective=OBJECTIVES[settings.loss],
+        objective=OBJECTIVES[settings.loss] if system(recipe).objective else None,
         gradient_cache_chunk=settings.gradient_cache_chunk,
         groups=GroupRules(
             weight_decay=settings.weight_decay,
@@ -286,7 +224,10 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         adam_epsilon=settings.eps,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm or 0.0,
-        lr_scheduler_type=_SCHEDULES[settings.schedule],
+        lr_scheduler_type="cosine_with_min_lr"
+        if settings.min_lr
+        else _SCHEDULES[settings.schedule],
+        lr_scheduler_kwargs={"min_lr": settings.min_lr} if settings.min_lr else {},
         warmup_steps=warmup if warmup < 1 else int(warmup),
         bf16=settings.precision == "bf16",
         fp16=settings.precision == "fp16",
@@ -332,22 +273,3 @@ def _flat(recipe: Recipe) -> Iterable[tuple[str, Any]]:
             yield f.name, value
         else:
             yield from ((f"{f.name}.{key}", inner) for key, inner in value.items())
-
-
-def _parameters(function: Any) -> set[str]:
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    found = inspect.signature(function).parameters.values()
-    return {p.name for p in found if p.kind in kinds} - {"self"}
-
-
-def _check_keys(where: str, given: Mapping[str, Any], allowed: set[str]) -> None:
-    for key in given:
-        if key not in allowed:
-            raise RecipeError(
-                f"recipe: unknown key '{where}.{key}'{nearest(key, sorted(allowed))} "
-                f"({where} has {', '.join(sorted(allowed))})"
-            )
-
-
-def _exists(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None

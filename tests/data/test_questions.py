@@ -41,6 +41,16 @@ def test_plain_rows(folder):
     assert (asked["kind"], asked["subject"], asked["answer"]) == ("verbatim", "x?", "y")
 
 
+def test_captions_need_no_question(folder):
+    """A table of captions could not be mixed with questions."""
+    data = QuestionDataset.from_jsonl(
+        write(folder, {"image": "a.png", "answer": "a red square"}), kind="caption"
+    )
+    assert (data[0]["kind"], data[0]["subject"], data[0]["answer"]) == (
+        "caption", "", "a red square",
+    )  # fmt: skip
+
+
 def test_several_answers(folder):
     """VQAv2's ten answers would be joined into one, or only the first be learned."""
     data = QuestionDataset.from_jsonl(write(folder, {**ROW, "answer": ["red", "dark red"]}))

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmkern.eval.retrieval import recall_at_k
+from mmkern.eval.retrieval import recall_at_k, recall_from_scores
 
 
 def dense_recall(image, text, image_ids, text_ids, k):
@@ -69,3 +69,16 @@ def test_impossible_sets_are_errors(arguments):
     """A picture without captions would lower recall instead of being reported."""
     with pytest.raises(ValueError, match="recall_at_k"):
         recall_at_k(torch.eye(3), torch.eye(3), **arguments)
+
+
+def test_recall_from_scores_equals_that_of_embeddings():
+    """Re-ranked results would be counted in another way than those before."""
+    generator = torch.Generator().manual_seed(2)
+    image, text = torch.randn(2, 12, 4, generator=generator)
+    scores = F.normalize(image, dim=1) @ F.normalize(text, dim=1).T
+    assert recall_from_scores(scores, scores, torch.eye(12).bool()) == recall_at_k(image, text)
+    worst = torch.zeros_like(scores)
+    found = recall_from_scores(scores, worst, torch.eye(12).bool(), (1,))
+    assert found["text_to_image_r1"] == 0 and found["image_to_text_r1"] > 0
+    with pytest.raises(ValueError, match="one shape"):
+        recall_from_scores(scores, scores[:3], torch.eye(12).bool())

@@ -1,0 +1,230 @@
+"""What ``mmkern eval`` measures: by the system that a run trained, and by its data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mmkern.train.recipe import Recipe, RecipeError
+from mmkern.train.systems import system
+
+
+def measure(directory: Path, recipe: Recipe, model: Any) -> dict[str, Any]:
+    """Measure a run's model; pictures are drawn into ``directory``.
+
+    Raises:
+        RecipeError: options that cannot be measured.
+    """
+    return _MEASURES[system(recipe).name, recipe.data.source == "emoji"](directory, recipe, model)
+
+
+def report(recipe: Recipe, metrics: dict[str, Any]) -> str:
+    """What was measured, as text."""
+    trained, of_emoji = system(recipe).name, recipe.data.source == "emoji"
+    if of_emoji and trained == "clip":
+        from mmkern.eval.emoji_report import table
+
+        return table(metrics)
+    if of_emoji:
+        from mmkern.eval import emoji_answers, emoji_matching
+
+        return (emoji_matching if trained == "blip2-stage1" else emoji_answers).table(metrics)
+    rows = metrics.get("answers", metrics.get("retrieval", {})).items()
+    return "\n".join(f"{name:<20}{100 * value:6.1f}%" for name, value in rows)
+
+
+def loss_history(directory: Path) -> list[tuple[float, float]]:
+    from mmkern.train.checkpoint import STATE, complete_checkpoints
+
+    state = complete_checkpoints(directory)[-1] / STATE
+    history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+    return [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+
+
+def _measure_emoji(directory: Path, recipe: Recipe, model: Any) -> dict[str, Any]:
+    """Zero-shot on held-out vendors and all that goes with it; draws into ``directory``."""
+    from mmkern import data
+    from mmkern.eval import emoji_report
+    from mmkern.eval.emoji import EmojiEncoder
+    from mmkern.eval.plots import plot_losses
+
+    source, options = recipe.data, recipe.evaluation.options
+    trained = source.options.get("vendors", data.emoji.VENDORS)
+    try:
+        emoji_report.check_options(options, trained, source.options.get("reserve"))
+    except ValueError as error:
+        raise RecipeError(f"recipe: {error}") from error
+    encoder = EmojiEncoder(
+        model,
+        data.ClipTokenizer(source.vocabulary, model.config.context_length),
+        data.PixelTransform(source.mean or data.MEAN, source.std or data.STD),
+        batch_size=recipe.evaluation.batch_size,
+    )
+    if history := loss_history(directory):  # none yet if the run was killed early
+        chance = math.log(recipe.train.batch_size)
+        plot_losses(history, directory / "losses.png", chance=chance)
+    return emoji_report.evaluate(
+        encoder,
+        directory,
+        trained=trained,
+        templates=recipe.evaluation.templates or ("{}",),
+        reserve=source.options.get("reserve"),
+        progress=_say,
+        **options,
+    )
+
+
+def _measure_pairs(directory: Path, recipe: Recipe, model: Any) -> dict[str, Any]:
+    """Retrieval both ways on the pairs of ``evaluation.options.path``."""
+    from torch.utils.data import DataLoader
+
+    from mmkern.eval.retrieval import encode_pairs, recall_at_k
+    from mmkern.train.batches import build_data
+
+    options = recipe.evaluation.options
+    if recipe.evaluation.templates:
+        raise RecipeError("evaluation.templates: only emoji are tested zero-shot, not pairs")
+    _check_options(options, {"path", "pairs"}, "pairs to test on, stored as the training data is")
+    source = dataclasses.replace(recipe.data, path=options["path"], augment=None)
+    pairs = build_data(dataclasses.replace(recipe, data=source), model)
+    loader = DataLoader(pairs.dataset, recipe.evaluation.batch_size, collate_fn=pairs.collator)
+    image, text = encode_pairs(model, loader, options.get("pairs", 5000))
+    return {"retrieval": recall_at_k(image, text), "retrieval_pairs": len(image)}
+
+
+def _measure_emoji_matching(directory: Path, recipe: Recipe, model: Any) -> dict[str, Any]:
+    """BLIP-2's first stage on vendors that were never trained on."""
+    from mmkern.eval import emoji_matching
+    from mmkern.train.batches import build_collator, image_size
+
+    options = _emoji_options(recipe, {"vendors", "rerank", "pictures"})
+    return emoji_matching.evaluate(
+        model,
+        build_collator(recipe, model, test=True),
+        image_size(model),
+        template=recipe.data.templates[0],
+        batch_size=recipe.evaluation.batch_size,
+        progress=_say,
+        **options,
+    )
+
+
+def _measure_matching(directory: Path, recipe: Recipe, model: Any) -> dict[str, Any]:
+    """Retrieval by BLIP-2's first stage on the pairs of ``evaluation.options.path``."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    from mmkern.eval.matching import retrieve
+    from mmkern.train.batches import build_data
+
+    options = recipe.evaluation.options
+    _check_options(options, {"path", "pairs", "rerank"}, "pairs, stored as the training data is")
+    source = dataclasses.replace(recipe.data, path=options["path"], augment=None)
+    pairs = build_data(dataclasses.replace(recipe, data=source), model)
+    loader = DataLoader(pairs.dataset, recipe.evaluation.batch_size, collate_fn=pairs.collator)
+    batches, count, limit = [], 0, options.get("pairs", 5000)
+    for batch in loader:
+        tokens = model.encode_image(batch["pixel_values"].to(model.device)).detach().cpu()
+        batches.append((tokens, batch["input_ids"], batch["attention_mask"], batch["image_ids"]))
+        count += len(tokens)
+        if count >= limit:
+            break
+    tokens, ids, mask, groups = (torch.cat(part)[:limit] for part in zip(*batches, strict=True))
+    match = groups[:, None] == groups[None]
+    rerank = options.get("rerank", 128)
+    found = retrieve(model, tokens, ids, mask, match, rerank, recipe.evaluation.batch_size)
+    rows = {f"{how}_{k}": v for how, scores in found.items() for k, v in scores.items()}
+    return {"retrieval": rows, "retrieval_pairs": len(tokens)}
+
+
+def _measure_emoji_answers(directory: Path, recipe: Recipe, model: Any) -> dict[str, Any]:
+    """Captions, or questions if those were trained, on vendors that were never trained on."""
+    from mmkern.eval import emoji_answers
+    from mmkern.train.batches import image_size
+
+    trained, size = recipe.data.mixture, image_size(model)
+    if not trained:
+        options = _emoji_options(recipe, {"vendors", "pictures", "candidates"})
+        answerer = _answerer(recipe, model)
+        return emoji_answers.evaluate_captions(answerer, size, progress=_say, **options)
+    options = _emoji_options(recipe, {"vendors", "kinds", "questions_each"})
+    answerer = _answerer(recipe, model)
+    return emoji_answers.evaluate_questions(
+        answerer, size, trained=list(trained), progress=_say, **options
+    )
+
+
+def _measure_answers(directory: Path, recipe: Recipe, model: Any) -> dict[str, Any]:
+    """Exact match on the questions of ``evaluation.options.path``, beside other pictures'."""
+    from mmkern.data import QuestionDataset
+    from mmkern.eval.answers import exact_match, majority, shuffled_pictures
+
+    options = recipe.evaluation.options
+    _check_options(options, {"path", "kind", "questions"}, "questions in JSON lines")
+    asked = QuestionDataset.from_jsonl(options["path"], kind=options.get("kind", "question"))
+    count = min(len(asked), options.get("questions", 5000))
+    samples = [asked[i] for i in range(count)]
+    right = [asked.answers(i) for i in range(count)]
+    answerer = _answerer(recipe, model)
+    return {
+        "questions": count,
+        "answers": {
+            "exact": exact_match(answerer.generate(samples), right),
+            "shuffled pictures": exact_match(answerer.generate(shuffled_pictures(samples)), right),
+            "majority": majority(right),
+        },
+    }
+
+
+def _answerer(recipe: Recipe, model: Any) -> Any:
+    from mmkern.eval.answers import Answerer
+    from mmkern.train.batches import build_collator
+
+    return Answerer(
+        model,
+        build_collator(recipe, model, test=True),
+        batch_size=recipe.evaluation.batch_size,
+        max_new_tokens=recipe.data.text.answer_length,
+    )
+
+
+def _emoji_options(recipe: Recipe, known: set[str]) -> dict[str, Any]:
+    from mmkern.data.emoji import VENDORS
+    from mmkern.eval.emoji_answers import check_options
+
+    options = recipe.evaluation.options
+    try:
+        check_options(options, recipe.data.options.get("vendors", VENDORS), known)
+    except ValueError as error:
+        raise RecipeError(f"recipe: {error}") from error
+    return options
+
+
+def _check_options(options: dict[str, Any], known: set[str], path: str) -> None:
+    if set(options) - known or "path" not in options:
+        raise RecipeError(
+            f"evaluation.options needs path ({path}) and takes {', '.join(sorted(known))}, got "
+            f"{sorted(options)}"
+        )
+
+
+def _say(line: str) -> None:
+    print(f"measuring {line}", file=sys.stderr, flush=True)
+
+
+# (system, whether it was trained on emoji) -> what is measured.
+_MEASURES: dict[tuple[str, bool], Callable[[Path, Recipe, Any], dict[str, Any]]] = {
+    ("clip", True): _measure_emoji,
+    ("clip", False): _measure_pairs,
+    ("blip2-stage1", True): _measure_emoji_matching,
+    ("blip2-stage1", False): _measure_matching,
+    ("blip2-stage2", True): _measure_emoji_answers,
+    ("blip2-stage2", False): _measure_answers,
+    ("instructblip", True): _measure_emoji_answers,
+    ("instructblip", False): _measure_answers,
+}
