@@ -1,5 +1,4 @@
-// Linear cross-entropy on the CPU: mmkern/ops/linear_cross_entropy/reference.py is the
-// specification.
+// Linear cross-entropy on the CPU: mmkern/ops/linear_cross_entropy/reference.py specifies it.
 //
 // Only labelled rows are touched. Logits are made transposed, a strip of the vocabulary by a block
 // of rows at a time: Sᵀ = weight · hiddenᵀ reads the weight as it lies in memory, and a vector lane
@@ -9,344 +8,25 @@
 // belong to rows alone:
 //   d_weight = Pᵀ · (factor ∘ hidden),   d_hidden = factor ∘ (P · weight).
 // 16-bit P keeps its relative precision at any distance from the reference: bf16 has fp32's range.
-#include <ATen/Parallel.h>
+#include "linear_cross_entropy.h"
+
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/index_select.h>
-#include <ATen/ops/sum.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <bit>
-#include <cmath>
+#include <array>
 #include <tuple>
-#include <utility>
-#include <vector>
-
-#include "simd.h"
-#include "tiles.h"
 
 namespace mmkern {
 namespace {
 
 using at::BFloat16;
 
-constexpr int64_t VOCABULARY = 128;  // columns of logits in a strip
-constexpr int64_t DEPTH = 256;       // rows that one product of d_weight sums over
-constexpr int64_t ROWS = 1024;       // rows in a band of the backward
-constexpr int64_t SHARE = 32;        // rows of d_hidden that a worker takes at a time
-
-template <class T>
-struct AccumulatorOf {
-  using type = float;
-};
-template <>
-struct AccumulatorOf<double> {
-  using type = double;
-};
-template <class T>
-using Accumulator = typename AccumulatorOf<T>::type;
-
-template <class T>
-constexpr int64_t PAIR = sizeof(T) == 2 ? 2 : 1;  // rows that a right operand interleaves
-
-// C [M, N] = A [M, K] · B (+ C). B is [K][N], for bf16 [K/2][N][2].
-void product(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
-             const BFloat16* a, const BFloat16* b, float* c) {
-  tile_gemm(m, n, k, lda, ldb, ldc, add, a, b, c);
-}
-
-template <class T>
-void product(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
-             const T* a, const T* b, T* c) {
-  const auto view = [](const T* p, int64_t rows, int64_t columns, int64_t ld) {
-    return at::from_blob(const_cast<T*>(p), {rows, columns}, {ld, 1},
-                         c10::CppTypeToScalarType<T>::value);
-  };
-  at::Tensor out = view(c, m, n, ldc);
-  at::cpu::addmm_out(out, out, view(a, m, k, lda), view(b, k, n, ldb), add, 1);
-}
-
-// exp(x) as simd.h has it, in a form that compilers vectorise to the width of the function it ends
-// up in.
-MMKERN_INLINE float exponent(float x) {
-  const float shifted = x * 1.44269504f + 12582912.f;
-  const float n = shifted - 12582912.f;
-  const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  float p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.f;
-  const float power = std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) << 23) + 0x3f800000u);
-  const float y = x > 88.37f ? kInf<float> : p * power;
-  return x < -87.33f ? 0.f : y;
-}
-MMKERN_INLINE double exponent(double x) { return std::exp(x); }
-
-template <class T>
-MMKERN_INLINE T narrow(Accumulator<T> x) {
-  return x;
-}
-template <>
-MMKERN_INLINE BFloat16 narrow<BFloat16>(float x) {
-  const uint32_t u = std::bit_cast<uint32_t>(x);
-  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  return std::bit_cast<BFloat16>(static_cast<uint16_t>(x == x ? rounded : 0x7fc0u));
-}
-
-// e^(s - reference) of a tile [count, rows] with leading dimension BLOCK: summed by row, and kept
-// where there is room.
-struct Exponentials {
-  template <class T, int>
-  static MMKERN_INLINE void run(const Accumulator<T>* __restrict s, int64_t count, int64_t rows,
-                                const Accumulator<T>* __restrict reference,
-                                double* __restrict sums, T* __restrict kept, int64_t ld) {
-    Accumulator<T> part[BLOCK] = {};
-    for (int64_t v = 0; v < count; ++v) {
-      const Accumulator<T>* x = s + v * BLOCK;
-      if (kept) {
-        T* out = kept + v * ld;
-        for (int64_t i = 0; i < rows; ++i) {
-          const Accumulator<T> e = exponent(x[i] - reference[i]);
-          part[i] += e;
-          out[i] = narrow<T>(e);
-        }
-      } else {
-        for (int64_t i = 0; i < rows; ++i) part[i] += exponent(x[i] - reference[i]);
-      }
-    }
-    for (int64_t i = 0; i < rows; ++i) sums[i] += part[i];
-  }
-};
-
-struct Largest {
-  template <class A, int>
-  static MMKERN_INLINE void run(const A* __restrict s, int64_t count, int64_t rows,
-                                A* __restrict top) {
-    for (int64_t v = 0; v < count; ++v) {
-      for (int64_t i = 0; i < rows; ++i) {
-        const A x = s[v * BLOCK + i];
-        top[i] = x > top[i] ? x : top[i];
-      }
-    }
-  }
-};
-
-// sum over a row of Pᵀ of P · factor
-struct Weighted {
-  template <class T, int>
-  static MMKERN_INLINE void run(const T* __restrict p, int64_t ld, int64_t count, int64_t rows,
-                                const Accumulator<T>* __restrict factor,
-                                Accumulator<T>* __restrict out) {
-    for (int64_t v = 0; v < count; ++v) {
-      Accumulator<T> part[LANES] = {};
-      for (int64_t i = 0; i < rows; i += LANES) {
-        for (int64_t k = 0; k < LANES; ++k) {
-          part[k] += static_cast<Accumulator<T>>(p[v * ld + i + k]) * factor[i + k];
-        }
-      }
-      for (int64_t k = 0; k < LANES; ++k) out[v] += part[k];
-    }
-  }
-};
-
-// out[j][i] = in[i][j]
-template <class T>
-void transpose(const T* in, int64_t in_ld, int64_t rows, int64_t columns, T* out, int64_t out_ld) {
-  constexpr int64_t SIDE = 32;
-  for (int64_t i0 = 0; i0 < rows; i0 += SIDE) {
-    for (int64_t j0 = 0; j0 < columns; j0 += SIDE) {
-      const int64_t i1 = std::min(i0 + SIDE, rows);
-      for (int64_t j = j0; j < std::min(j0 + SIDE, columns); ++j) {
-        for (int64_t i = i0; i < i1; ++i) out[j * out_ld + i] = in[i * in_ld + j];
-      }
-    }
-  }
-}
-
-// Rows [count][width] as a right operand: [padded / PAIR][width][PAIR], zeros past the last row.
-template <class T>
-void interleave(const T* in, int64_t in_ld, int64_t count, int64_t padded, int64_t width, T* out) {
-  for (int64_t i = 0; i < padded; i += PAIR<T>) {
-    for (int64_t k = 0; k < PAIR<T>; ++k) {
-      T* to = out + i * width + k;
-      const T* from = in + (i + k) * in_ld;
-      if (i + k < count) {
-        for (int64_t d = 0; d < width; ++d) to[d * PAIR<T>] = from[d];
-      } else {
-        for (int64_t d = 0; d < width; ++d) to[d * PAIR<T>] = T(0);
-      }
-    }
-  }
-}
-
-// The labelled rows, and the vocabulary they meet.
-template <class T>
-class Problem {
- public:
-  using A = Accumulator<T>;
-
-  Problem(const char* op, const at::Tensor& hidden, const at::Tensor& weight,
-          const at::Tensor& labels, const std::optional<at::Tensor>& bias, int64_t ignore_index)
-      : width(hidden.size(1)), depth(round_up(width, PAIR<T>)), vocabulary(weight.size(0)),
-        strips((vocabulary + VOCABULARY - 1) / VOCABULARY), workers(at::get_num_threads()),
-        weight_(weight),
-        direct_(weight.scalar_type() == c10::CppTypeToScalarType<T>::value && depth == width &&
-                weight.stride(1) == 1 && weight.stride(0) >= width) {
-    const at::Tensor all = labels.contiguous();
-    const int64_t* y = all.const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < all.size(0); ++i) {
-      if (y[i] == ignore_index) continue;
-      TORCH_CHECK_VALUE(y[i] >= 0 && y[i] < vocabulary, op, ": labels must be in [0, ", vocabulary,
-                        ") or ignore_index (", ignore_index, "), got ", y[i], " at row ", i);
-      by_label.emplace_back(y[i], index.size());
-      index.push_back(i);
-    }
-    std::sort(by_label.begin(), by_label.end());
-    rows = static_cast<int64_t>(index.size());
-    padded = round_up(rows, LANES);
-    blocks = (padded + BLOCK - 1) / BLOCK;
-    if (rows == 0) return;
-    const at::Tensor chosen = at::from_blob(index.data(), {rows}, at::kLong);
-    values = at::index_select(hidden, 0, chosen).to(options());
-    if (bias) bias_ = bias->to(options(true)).contiguous();
-    right_ = at::zeros({blocks, depth, BLOCK}, options());
-    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        const T* in = values.template const_data_ptr<T>() + b * BLOCK * width;
-        T* out = right_.template mutable_data_ptr<T>() + b * BLOCK * depth;
-        for (int64_t i = 0; i < std::min(BLOCK, rows - b * BLOCK); ++i) {
-          for (int64_t d = 0; d < width; ++d) {
-            out[(d / PAIR<T> * BLOCK + i) * PAIR<T> + d % PAIR<T>] = in[i * width + d];
-          }
-        }
-      }
-    });
-  }
-
-  at::TensorOptions options(bool accumulator = false) const {
-    return at::TensorOptions().dtype(accumulator ? c10::CppTypeToScalarType<A>::value
-                                                 : c10::CppTypeToScalarType<T>::value);
-  }
-
-  int64_t count(int64_t strip) const {
-    return std::min(VOCABULARY, vocabulary - strip * VOCABULARY);
-  }
-  int64_t lanes(int64_t block) const { return std::min(BLOCK, padded - block * BLOCK); }
-
-  // A strip of the weight and its leading dimension: where it lies, or as copied to `buffer`.
-  std::pair<const T*, int64_t> strip(int64_t s, const T* buffer) const {
-    if (!direct_) return {buffer, depth};
-    return {weight_.const_data_ptr<T>() + s * VOCABULARY * weight_.stride(0), weight_.stride(0)};
-  }
-
-  std::pair<const T*, int64_t> load_strip(int64_t s, T* buffer) const {
-    if (!direct_) {
-      if (depth > width) std::fill(buffer, buffer + VOCABULARY * depth, T(0));
-      at::from_blob(buffer, {count(s), width}, {depth, 1}, options())
-          .copy_(weight_.narrow(0, s * VOCABULARY, count(s)));
-    }
-    return strip(s, buffer);
-  }
-
-  // Logits of a strip and a block, the labels' taken out: -inf there, f(row, logit) for each.
-  template <class F>
-  void logits(int64_t s, std::pair<const T*, int64_t> left, int64_t b, A* out, F label) const {
-    product(count(s), lanes(b), depth, left.second, BLOCK, BLOCK, false, left.first,
-            right_.template const_data_ptr<T>() + b * BLOCK * depth, out);
-    if (bias_.defined()) {
-      const A* add = bias_.template const_data_ptr<A>() + s * VOCABULARY;
-      for (int64_t v = 0; v < count(s); ++v) {
-        for (int64_t i = 0; i < lanes(b); ++i) out[v * BLOCK + i] += add[v];
-      }
-    }
-    labels(s, [&](int64_t v, int64_t row) {
-      if (row / BLOCK != b) return;
-      A& x = out[v * BLOCK + row % BLOCK];
-      label(row, x);
-      x = -kInf<A>;
-    });
-  }
-
-  // f(column in the strip, row) for the labels that lie in a strip.
-  template <class F>
-  void labels(int64_t s, F f) const {
-    const std::pair<int64_t, int64_t> first{s * VOCABULARY, 0};
-    auto it = std::lower_bound(by_label.begin(), by_label.end(), first);
-    for (; it != by_label.end() && it->first < first.first + VOCABULARY; ++it) {
-      f(it->first - first.first, it->second);
-    }
-  }
-
-  // mean_j W_j
-  std::vector<A> mean_weight(const at::Tensor& weight) const {
-    constexpr int64_t PART = 4096;  // rows converted at a time
-    at::Tensor sum = at::zeros({width}, options(true));
-    for (int64_t v = 0; v < vocabulary; v += PART) {
-      const at::Tensor part = weight.narrow(0, v, std::min(PART, vocabulary - v));
-      sum += at::sum(part, 0, false, sum.scalar_type());
-    }
-    std::vector<A> mean(width);
-    for (int64_t d = 0; d < width; ++d) mean[d] = sum.const_data_ptr<A>()[d] / vocabulary;
-    return mean;
-  }
-
-  // mean_j S_ij of each row
-  std::vector<A> means(const at::Tensor& weight) const {
-    const std::vector<A> mean = mean_weight(weight);
-    const A shift = bias_.defined() ? bias_.mean().template item<A>() : A(0);
-    std::vector<A> out(rows);
-    const T* h = values.template const_data_ptr<T>();
-    for (int64_t i = 0; i < rows; ++i) {
-      double sum = shift;
-      for (int64_t d = 0; d < width; ++d) sum += static_cast<A>(h[i * width + d]) * mean[d];
-      out[i] = static_cast<A>(sum);
-    }
-    return out;
-  }
-
-  const int64_t width, depth, vocabulary, strips, workers;
-  int64_t rows = 0, padded = 0, blocks = 0;
-  std::vector<int64_t> index;                           // of a labelled row in hidden
-  std::vector<std::pair<int64_t, int64_t>> by_label;    // (label, labelled row), sorted
-  at::Tensor values;                                    // [rows, width]
-
- private:
-  const at::Tensor weight_;
-  const bool direct_;
-  at::Tensor bias_;   // [vocabulary]
-  at::Tensor right_;  // [blocks][depth / PAIR][BLOCK][PAIR]
-};
-
-// What the forward leaves for the backward in a buffer of bytes: each row's reference, and Pᵀ of
-// as many blocks as fit, strip after strip.
-template <class T>
-struct Kept {
-  using A = Accumulator<T>;
-
-  Kept(const Problem<T>& p, const at::Tensor& bytes) {
-    const int64_t head = round_up(p.padded * sizeof(A), 64);
-    const int64_t block = p.strips * VOCABULARY * BLOCK * sizeof(T);
-    blocks = std::clamp<int64_t>((bytes.numel() - head) / block, 0, p.blocks);
-    if (blocks == 0) return;
-    ld = std::min(blocks * BLOCK, p.padded);
-    auto* data = static_cast<char*>(bytes.data_ptr());
-    reference = reinterpret_cast<A*>(data);
-    tiles = reinterpret_cast<T*>(data + head);
-  }
-
-  T* strip(int64_t s) const { return tiles + s * VOCABULARY * ld; }
-
-  int64_t blocks = 0, ld = 0;
-  A* reference = nullptr;
-  T* tiles = nullptr;
-};
+constexpr int64_t DEPTH = 256;         // rows that one product of d_weight sums over
+constexpr int64_t ROWS = 1024;         // rows in a band of the backward
+constexpr int64_t SHARE = 32;          // rows of d_hidden that a worker takes at a time
+constexpr int64_t SCRATCH = 16 << 20;  // bytes of a chunk in the backward
 
 template <class T>
 class Forward {
@@ -502,18 +182,23 @@ class Backward {
   // Chunks of the vocabulary, and in each the bands of rows: P of a band and a chunk is formed (or
   // found) by strips, which gives their part of d_weight, and then d_hidden by rows.
   void run() {
-    const int64_t chunk = std::min(std::clamp<int64_t>(4 * p_.workers, 8, 64), p_.strips);
-    const int64_t bands = (p_.padded + ROWS - 1) / ROWS;
     const int64_t width = p_.width, band_rows = std::min(ROWS, p_.padded);
+    const int64_t bands = (p_.padded + ROWS - 1) / ROWS;
     const bool direct = d_weight_.scalar_type() == p_.options(true).dtype().toScalarType();
+    // Workers meet twice a chunk, so chunks are as large as their scratch may be.
+    const int64_t column = (band_rows + width) * sizeof(T) + (bands > 1) * width * sizeof(A);
+    const int64_t fitting = SCRATCH / (VOCABULARY * column);
+    const int64_t chunk = std::min(std::max(fitting, 4 * p_.workers), p_.strips);
     chunk_ = chunk * VOCABULARY;
     buffers_ = at::empty({chunk, VOCABULARY, p_.depth}, p_.options());
     logits_ = at::empty({p_.workers, VOCABULARY, BLOCK}, p_.options(true));
     weights_ = at::empty({p_.workers, VOCABULARY, DEPTH}, p_.options());
     if (wanted_[0]) {
       d_rows_ = at::empty({p_.padded, width}, p_.options(true));
-      rows_ = at::empty({band_rows, chunk_}, p_.options());
-      if (PAIR<T> > 1) pairs_ = at::empty({chunk, VOCABULARY, width}, p_.options());
+      rows_ = large_pages(at::empty({band_rows, chunk_}, p_.options()));
+      if (PAIR<T> > 1) {
+        pairs_ = large_pages(at::empty({chunk, VOCABULARY, width}, p_.options()));
+      }
     }
     if (wanted_[1]) {
       scaled();
@@ -719,7 +404,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_
     at::Tensor negatives = at::full({count}, -kInf<A>, p.options(true));
     at::Tensor positives = at::zeros({count}, p.options(true));
     at::Tensor means = at::zeros({mean ? count : 0}, p.options(true));
-    at::Tensor bytes = at::empty({kept_bytes}, at::kByte);
+    const at::Tensor bytes = large_pages(at::empty({kept_bytes}, at::kByte));
     if (p.rows > 0) {
       const Kept<T> kept(p, bytes);
       std::vector<A> labelled(p.rows);
@@ -760,7 +445,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_bwd(
     const auto make = [&](bool want, at::IntArrayRef sizes, at::ScalarType dtype) {
       const auto options = at::TensorOptions().dtype(dtype);
       if (!want) return at::empty({0}, options);
-      return p.rows > 0 ? at::empty(sizes, options) : at::zeros(sizes, options);
+      return p.rows > 0 ? large_pages(at::empty(sizes, options)) : at::zeros(sizes, options);
     };
     const auto dtype = hidden.scalar_type();
     at::Tensor d_hidden = wanted[0] ? at::zeros(hidden.sizes(), dtype) : at::empty({0}, dtype);
