@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks import figures, rows, tables
+from benchmarks import figures, rows, systems, tables
 from benchmarks.rows import Provenance, Row
 
 BLOCK = re.compile(r"^<!-- bench:([\w-]+) -->\n(.*?)^<!-- /bench -->$", re.DOTALL | re.MULTILINE)
@@ -47,6 +47,8 @@ class Report:
         self.rows = rows.recorded(results)
         demo = results / rows.DEMO
         runs = rows.read_json(demo) if demo.exists() else []
+        others = results / rows.SYSTEMS
+        trained = rows.read_json(others) if others.exists() else []
         here = Path(__file__).parent
         ops = sorted(path.stem for path in (here / "ops").glob("[!_]*.py"))
         models = sorted(path.stem for path in (here / "models").glob("[!_]*.py"))
@@ -55,6 +57,8 @@ class Report:
             "demo": lambda document: tables.demo(runs),
             "demo-prompts": lambda document: tables.demo_prompts(runs),
         }
+        for name in systems.TABLES:
+            self.blocks[name] = lambda document, name=name: systems.table(name, trained)  # type: ignore[misc]
         for op in [*ops, *models]:
             for table in (tables.time, tables.memory, tables.error):
                 self.blocks[f"{op}-{table.__name__}"] = partial(self._table, table, op)
@@ -125,18 +129,22 @@ class Report:
 def record_demo(run: Path, results: Path) -> Path:
     """Append a run's metrics.json with where it ran; returns the file of rows.
 
+    Runs of CLIP and of the other systems have a file each.
+
     Raises:
         ValueError: metrics.json lacks a key of METRICS, or a rate is not between 0 and 1.
     """
     metrics = json.loads((run / "metrics.json").read_text())
-    missing = [key for key in METRICS if key not in metrics]
+    other = systems.system(metrics)
+    wanted = ["steps", "train_seconds", "eval_seconds", "backend"] if other else METRICS
+    missing = [key for key in wanted if key not in metrics]
     if missing:
         raise ValueError(f"{run}/metrics.json has no {', '.join(missing)}")
     for key, value in metrics.items():
         if re.search(r"top\d+$", key) and not 0 <= value <= 1:
             raise ValueError(f"{run}/metrics.json: {key} must be a fraction, got {value}")
     where = dataclasses.asdict(Provenance.of("cpu" if metrics["backend"] != "triton" else "cuda"))
-    path = results / rows.DEMO
+    path = results / (rows.SYSTEMS if other else rows.DEMO)
     rows.append_json(path, {**metrics, **where, "date": rows.now()})
     return path
 

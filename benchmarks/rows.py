@@ -21,6 +21,7 @@ import mmkern
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO = "demo.jsonl"
+SYSTEMS = "systems.jsonl"  # runs of the other systems
 PACKAGES = ("torch", "triton", "open_clip_torch", "inf-cl", "cut-cross-entropy")
 FLAGS = ("avx512_bf16", "amx_bf16", "amx_fp16")  # beyond what torch's capability names
 
@@ -190,5 +191,6 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 def recorded(directory: Path = RESULTS) -> list[Row]:
     """The rows that count, of all devices."""
-    paths = sorted(path for path in directory.glob("*.jsonl") if path.name != DEMO)
+    runs = (DEMO, SYSTEMS)
+    paths = sorted(path for path in directory.glob("*.jsonl") if path.name not in runs)
     return latest(row for path in paths for row in read(path))

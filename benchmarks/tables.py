@@ -189,7 +189,7 @@ def demo(runs: list[dict[str, Any]]) -> str:
         header = ["", *(f"{title}, top-{k}" for title in run["vendors"].values() for k in (1, 5))]
         keys = {"CLIP, zero-shot": "", "nearest training pixels": "pixel_", "chance": "chance_"}
         body = [
-            [what, *(_percent(run.get(f"{p}{key}top{k}")) for p in run["vendors"] for k in (1, 5))]
+            [what, *(percent(run.get(f"{p}{key}top{k}")) for p in run["vendors"] for k in (1, 5))]
             for what, key in keys.items()
         ]
         changes = " with local changes" if run["dirty"] else ""
@@ -213,7 +213,7 @@ def demo_prompts(runs: list[dict[str, Any]]) -> str:
         body = [
             [
                 wording,
-                *(_percent(run["prompts"][t][wording][f"top{k}"]) for t in titles for k in (1, 5)),
+                *(percent(run["prompts"][t][wording][f"top{k}"]) for t in titles for k in (1, 5)),
             ]
             for wording in run["prompts"][titles[0]]
         ]
@@ -225,5 +225,6 @@ def _last_runs(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list({(run["device"], run["threads"]): run for run in runs}.values())
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A share as text."""
     return "–" if value is None else f"{100 * value:.2f} %"

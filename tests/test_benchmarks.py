@@ -290,6 +290,31 @@ def test_demo_run_with_bad_metrics_is_refused(
         report.record_demo(tmp_path, tmp_path / "results")
 
 
+def test_runs_of_other_systems_become_tables(tmp_path: Path) -> None:
+    """Else BLIP-2's results are typed by hand, or its baselines left out."""
+    scores = {"exact": 0.1, "shuffled_exact": 0.01, "majority": 0.02, "ranked": 0.4,
+              "shuffled_ranked": 0.06, "chance": 0.05, "questions": 600}  # fmt: skip
+    both = {f"{way}_r{k}": 0.125 for way in ("image_to_text", "text_to_image") for k in (1, 5)}
+    common = {"steps": 240, "train_seconds": 420.0, "eval_seconds": 60.0, "backend": "cpp"}
+    retrieval = dict.fromkeys(("contrast", "reranked", "shuffled", "majority", "chance"), both)
+    for metrics in (
+        {"rerank": 16, "retrieval": {"Twitter": retrieval}},
+        {"captions": {"Twitter": scores}},
+        {"questions": {"Twitter": {"colour": scores}}, "held_out": ["colour"]},
+    ):
+        (tmp_path / "metrics.json").write_text(json.dumps({**common, **metrics}))
+        report.record_demo(tmp_path, tmp_path / "benchmarks" / "results")
+    names = ("blip2-stage1", "blip2-stage2", "instructblip")
+    readme = checkout(tmp_path, "".join(f"<!-- bench:{n} -->\n<!-- /bench -->\n\n" for n in names))
+    report.Report(tmp_path).update(write=True)
+    text = readme.read_text()
+    assert "| Twitter: best 16 ranked again | 12.50 % |" in text
+    answers = "| 10.00 % | 1.00 % | 2.00 % | 40.00 % | 6.00 % | 5.00 % | 600 |"
+    assert f"| Twitter, captions {answers}" in text
+    assert f"| Twitter, colour, never trained {answers}" in text
+    assert "240 steps in 420 s" in text
+
+
 def test_documents_are_current() -> None:
     """Else a document shows other numbers than the committed rows; run benchmarks.report."""
     assert report.Report().update(write=False) == []
