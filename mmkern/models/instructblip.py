@@ -17,7 +17,8 @@ from transformers import LlamaConfig, PretrainedConfig
 
 from mmkern.layout import RowIntervals
 from mmkern.models.blip2_base import ClipVisionConfig
-from mmkern.models.blip2_generation import LanguageSide, flan_t5
+from mmkern.models.blip2_generation import flan_t5
+from mmkern.models.blip2_language import LanguageSide
 from mmkern.models.language import GenerationOutput
 
 __all__ = [

@@ -89,8 +89,8 @@ class LanguageLoss:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        # Whether the head was seen to be all there is between hidden states and logits.
-        self._linear_head = False
+        # The head that was seen to be all there is between hidden states and logits.
+        self._linear_head: nn.Module | None = None
 
     def __call__(
         self,
@@ -126,7 +126,7 @@ class LanguageLoss:
             output = model(**options)
             return _cross_entropy(output.logits, targets, num_items_in_batch), output
         head = model.get_output_embeddings()
-        with _head_input(head, rows=int(not self._linear_head)) as seen:
+        with _head_input(head, rows=int(head is not self._linear_head)) as seen:
             logits = model(**options).logits
         self._check(model, head, seen, logits)
         reduction = "mean" if num_items_in_batch is None else "sum"
@@ -142,11 +142,11 @@ class LanguageLoss:
         first batch, bit by bit: it is the same product.
         """
         linear = isinstance(head, nn.Linear) and len(seen) == 1
-        if linear and not self._linear_head and logits.numel():
+        if linear and head is not self._linear_head and logits.numel():
             with torch.no_grad():
                 expected = head(seen[0][:1, :1]).to(logits.dtype)
             linear = bool(((expected == logits) | (expected.isnan() & logits.isnan())).all())
-            self._linear_head = linear
+            self._linear_head = head if linear else None
         if not linear:
             raise NotImplementedError(
                 f"{self.name}: the logits of {type(model).__name__} are not a "

@@ -241,6 +241,7 @@ def test_empty_batch(kind: str, instruct: bool) -> None:
     loss = model(**inputs).loss
     loss.backward()
     assert loss.item() == 0.0
+    assert len(model.generate(**prompt(inputs))) == 0
 
 
 def test_instruction_changes_what_is_seen() -> None:

@@ -81,6 +81,19 @@ def test_incomplete_file_is_refused(instruct: bool, tmp_path: Path) -> None:
         type(model).from_pretrained(tmp_path)
 
 
+def test_old_buffers_do_not_matter(tmp_path: Path) -> None:
+    """Files that older versions of transformers wrote would be refused."""
+    model = small("llama", instruct=True)
+    buffers = {
+        "qformer.embeddings.position_ids": torch.arange(16)[None],
+        "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(3),
+    }
+    model.save_pretrained(tmp_path, state_dict={**model.state_dict(), **buffers})
+    again = type(model).from_pretrained(tmp_path)
+    inputs = batch("llama", instruct=True)
+    assert torch.equal(again(**inputs).loss, model(**inputs).loss)
+
+
 @pytest.mark.parametrize(("kind", "instruct"), SYSTEMS)
 def test_half_precision_keeps_what_is_trained(kind: str, instruct: bool, tmp_path: Path) -> None:
     """A language model in bf16 would drag the Q-Former along, whose small steps are then lost."""
