@@ -33,20 +33,25 @@ step build 60 env MMKERN_BUILD=auto "$python" setup.py build_ext --inplace
 step info 30 "$python" -m mmkern.cli info
 
 # Operators on CUDA in every dtype, then the launchers' corners (bands, redone programs, NaN).
-step operators 110 $(pytest tests/ops/test_info_nce.py tests/ops/test_sigmoid_contrastive.py) -k cuda
-step kernels 60 $(pytest tests/ops/triton_kernels.py)
+step operators 80 $(pytest tests/ops/test_info_nce.py tests/ops/test_sigmoid_contrastive.py) -k cuda
+step kernels 40 $(pytest tests/ops/triton_kernels.py)
+step attention 45 $(pytest tests/ops/test_attention.py tests/ops/triton_attention.py) \
+  -k "cuda or not (reference or cpp)"
 
 # Reads and writes out of bounds, and races, on sizes that are no multiple of a tile.
 small="one_by_one or output_mask or (tiles and large-descriptors)"
 for tool in memcheck racecheck; do
   step $tool 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     compute-sanitizer --tool $tool --error-exitcode 9 $(pytest tests/ops/triton_kernels.py) -k "$small"
+  step $tool-attention 20 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    compute-sanitizer --tool $tool --error-exitcode 9 $(pytest tests/ops/triton_attention.py) \
+    -k "random_intervals or readers_with or nan_reaches or (every_tile and 16)"
 done
 
 # Calibrates first. --seconds bounds the rounds of a case; 1,048,576 pairs are ours alone.
 bench="--device cuda --record --results $out --seconds 0.5"
 step benchmarks 170 $(pytest benchmarks) $bench --sizes "$sizes" -k "not float32"
-step million 60 $(pytest benchmarks/ops/info_nce.py) $bench -k "1048576"
+step million 40 $(pytest benchmarks/ops/info_nce.py) $bench -k "1048576"
 
 grep -h -A 200 'time, memory and error' "$out"/benchmarks.log "$out"/million.log 2>/dev/null
 exit $failed

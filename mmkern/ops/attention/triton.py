@@ -13,7 +13,7 @@ again, with the keys that they see themselves.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -495,57 +495,55 @@ class Config:
 
 @dataclass(frozen=True)
 class Configs:
-    """The tiles for one dtype and head width; each list by rising number of rows."""
+    """The tiles for one dtype and head width; those of a list by rising number of rows."""
 
     forward: tuple[Config, ...]
     whole: tuple[Config, ...]  # backward in one program, for up to block_m rows
-    rows: Config  # backward in two kernels: dq,
+    rows: tuple[Config, ...]  # backward in two kernels: dq,
     keys: Config  # and dk, dv
 
 
-_CONFIGS = {  # by 16 bit or not, and the padded head width up to which they serve
+_CONFIGS = {  # by 16 bit or not, and the head width up to which they serve
     (True, 64): Configs(
-        forward=(Config(32, 64, 4), Config(64, 64, 4)),
+        forward=(Config(32, 64, 4), Config(64, 64, 4), Config(128, 64, 8)),
         whole=(Config(32, 32, 4), Config(64, 32, 8)),
-        rows=Config(64, 64, 8),
-        keys=Config(64, 32, 8),
+        rows=(Config(32, 64, 4), Config(64, 64, 8), Config(128, 64, 8)),
+        keys=Config(64, 64, 8),
     ),
     (True, 128): Configs(
-        forward=(Config(32, 64, 4), Config(64, 64, 8)),
+        forward=(Config(32, 32, 4), Config(64, 64, 8)),
         whole=(Config(32, 32, 4),),
-        rows=Config(64, 32, 8),
+        rows=(Config(64, 32, 8),),
         keys=Config(32, 32, 8),
     ),
     (False, 64): Configs(
         forward=(Config(32, 32, 4),),
         whole=(Config(32, 16, 4),),
-        rows=Config(32, 16, 4),
+        rows=(Config(32, 16, 4),),
         keys=Config(32, 16, 4),
     ),
     (False, 128): Configs(
         forward=(Config(16, 16, 4),),
         whole=(Config(16, 16, 4),),
-        rows=Config(16, 16, 4),
+        rows=(Config(16, 16, 4),),
         keys=Config(16, 16, 4),
     ),
 }
+_MANY_ROWS = 256  # from here on tiles of 128 rows, which read keys half as often, are filled enough
 
 
-def configs(width: int, dtype: torch.dtype) -> Configs:
-    """The tiles for a head width and dtype."""
-    return _CONFIGS[dtype != torch.float32, 64 if width <= 64 else 128]
+def configs(arch: int, width: int, dtype: torch.dtype) -> Configs:
+    """The tiles for an architecture, head width and dtype."""
+    chosen = _CONFIGS[dtype != torch.float32, 64 if width <= 64 else 128]
+    if chosen.keys.block_n == 64 and not 90 <= arch < 120:  # mma.sync's operands take registers
+        return replace(chosen, keys=Config(64, 32, 8))
+    return chosen
 
 
-def pick_forward(queries: int, width: int, dtype: torch.dtype) -> Config:
-    """The lowest tile that holds all rows, or the highest there is."""
-    choices = configs(width, dtype).forward
+def pick(choices: tuple[Config, ...], queries: int) -> Config:
+    """The lowest tile that holds all rows; for more rows the highest that they fill well."""
+    choices = tuple(c for c in choices if c.block_m <= 64 or queries > _MANY_ROWS)
     return next((c for c in choices if queries <= c.block_m), choices[-1])
-
-
-def pick_whole(queries: int, width: int, dtype: torch.dtype, shared: bool) -> Config | None:
-    """The tile of a backward in one program, if one holds all rows that read the keys."""
-    choices = configs(width, dtype).whole
-    return next((c for c in choices if queries <= c.block_m and not shared), None)
 
 
 @_triton.launcher
@@ -561,7 +559,7 @@ def attention_fwd(
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    config = pick_forward(queries, width, q.dtype)
+    config = pick(configs(_triton.capability(q), width, q.dtype).forward, queries)
     attention_fwd_kernel[(batch * heads * triton.cdiv(queries, config.block_m),)](
         **_operands(q=_rows_dense(q), k=_rows_dense(k), v=_rows_dense(v), out=out),
         **_options(q, k, intervals, kv_row, seed, dropout_p, scale),
@@ -589,8 +587,9 @@ def attention_bwd(
     q, k, v, grad, out = (_rows_dense(x) for x in (q, k, v, grad, out))
     # Kernels write rows whose numbers lie side by side; into other layouts goes a copy.
     dq, dk, dv = (x if x.stride(3) == 1 else x.new_empty(x.shape) for x in gradients)
-    whole = pick_whole(queries, width, dtype, kv_row is not None)
-    rows = whole or configs(width, dtype).rows
+    chosen = configs(_triton.capability(q), width, dtype)
+    whole = kv_row is None and queries <= chosen.whole[-1].block_m  # one tile holds all readers
+    rows = pick(chosen.whole if whole else chosen.rows, queries)
     deltas = None if whole else torch.empty_like(lse)
     attention_bwd_rows_kernel[(batch * heads * triton.cdiv(queries, rows.block_m),)](
         **_operands(q=q, k=k, v=v, out=out, grad=grad, dq=dq, dk=dk, dv=dv),
@@ -598,11 +597,11 @@ def attention_bwd(
         lse=lse,
         deltas=deltas,
         ONE=keys <= rows.block_n,
-        WHOLE=whole is not None,
+        WHOLE=whole,
         **rows.constants(width, dtype),
     )
-    if whole is None and dk.numel() > 0:
-        config = configs(width, dtype).keys
+    if not whole and dk.numel() > 0:
+        config = chosen.keys
         attention_bwd_keys_kernel[(k.shape[0] * heads * triton.cdiv(keys, config.block_n),)](
             **_operands(q=q, k=k, v=v, grad=grad, dk=dk, dv=dv),
             **options,
@@ -677,7 +676,7 @@ def variants(arch: int, dtype: torch.dtype) -> list[Variant]:
     arguments |= dict.fromkeys(("kv_row", "seed"), "*i64")
     found = []
     for width in _WIDTHS:
-        chosen = configs(width, dtype)
+        chosen = configs(arch, width, dtype)
         whole = {"WHOLE": True, "kv_row": None, "deltas": None}
         kernels = [("bwd_keys", attention_bwd_keys_kernel, chosen.keys, {})]
         for end, one in (("", {"ONE": False}), ("_one", {"ONE": True})):
@@ -686,7 +685,7 @@ def variants(arch: int, dtype: torch.dtype) -> list[Variant]:
                 ("bwd_whole" + end, attention_bwd_rows_kernel, c, one | whole) for c in chosen.whole
             ]
             own = one | {"WHOLE": False}
-            kernels.append(("bwd_rows" + end, attention_bwd_rows_kernel, chosen.rows, own))
+            kernels += [("bwd_rows" + end, attention_bwd_rows_kernel, c, own) for c in chosen.rows]
         vec = 16 // dtype.itemsize if width % 8 == 0 else 1
         for plain in (False, True):
             off = dict.fromkeys(("intervals", "kv_row", "seed") if plain else ())
