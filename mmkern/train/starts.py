@@ -8,11 +8,13 @@ part                 source                                      what is taken
                      or of InstructBLIP                          the image encoder
 \\                    ``minilm``, or a BERT's folder              Q-Former and embeddings
 ``language_model``   ``smollm2``, or a folder                    the language model
-``projection``       a run of the second stage or InstructBLIP   the projection
+``projection``       a run of the second stage or InstructBLIP   the projection, and of the
+                                                                 Q-Former what it was trained with
 ===================  ==========================================  ================================
 
 A run is its directory, or the name of a recipe that comes with mmkern: its ``output_dir``, trained
-first if it is not there. Every tensor of a part must be found, in its shape.
+first if it is not there. Every tensor of a part must be found, in its shape. Parts are taken in
+this order, so a projection's Q-Former counts more than ``qformer``.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ def start(recipe: Recipe, model: Any, load_run: LoadRun) -> None:
         RecipeError: a source that is not there or does not fit; see the table.
         CheckpointError: a run without a complete checkpoint.
     """
-    for part, source in recipe.model.start.items():
+    for part, source in sorted(recipe.model.start.items(), key=lambda item: ORDER.index(item[0])):
         try:
             _PARTS[part](model, source, load_run)
         except (RecipeError, ImportError):
@@ -124,8 +126,17 @@ def _language_model(model: Any, source: str, load_run: LoadRun) -> None:
 
 
 def _projection(model: Any, source: str, load_run: LoadRun) -> None:
+    # With the queries that it was trained to read; the second stage has no text to give.
     values = load_run(_run(source))[1].state_dict()
-    _copy(model, values, lambda name: name.startswith("language_projection."))
+    known = {shared_name(name) for name in values}
+    _copy(
+        model,
+        values,
+        lambda name: (
+            name.startswith("language_projection.")
+            or (name.startswith(_QFORMER) and shared_name(name) in known)
+        ),
+    )
 
 
 _PARTS: dict[str, Callable[[Any, str, LoadRun], None]] = {
@@ -134,3 +145,4 @@ _PARTS: dict[str, Callable[[Any, str, LoadRun], None]] = {
     "language_model": _language_model,
     "projection": _projection,
 }
+ORDER = tuple(_PARTS)

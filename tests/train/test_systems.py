@@ -96,6 +96,7 @@ def test_stages_hand_on_what_they_learned(runs: Path) -> None:
         ("vision_model.post_layernorm.weight", one, two),
         ("qformer.encoder.layer.0.crossattention.attention.key.weight", one, two),
         ("language_projection.weight", two, three),
+        ("qformer.encoder.layer.1.output_query.dense.weight", two, three),
     ):
         change = (after[name] - before[name]).abs().max()
         assert 0 < change < 0.02, name
