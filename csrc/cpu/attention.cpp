@@ -27,6 +27,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace mmkern {
 namespace {
@@ -97,6 +100,7 @@ class Plan {
     if (b == sample_) return false;
     sample_ = b;
     bands.clear(), segments_.clear(), seen.clear();
+    bounds_.assign((p_.queries + lanes_ - 1) / lanes_ * lanes_ * 4, 0);
     for (int64_t first = 0; first < p_.queries; first += lanes_) {
       const int64_t rows = std::min(lanes_, p_.queries - first);
       Band band{int64_t(segments_.size()), 0, {0, 0}, {p_.keys, p_.keys}};
@@ -109,6 +113,7 @@ class Plan {
           band.high[n] = std::min(band.high[n], bound[2 * n + 1]);
           include(bound[2 * n], bound[2 * n + 1]);
         }
+        for (int n = 0; n < 4; ++n) bounds_[first * 4 + n * lanes_ + i - first] = bound[n];
       }
       append(segments_);
       band.last = segments_.size();
@@ -120,15 +125,8 @@ class Plan {
     return true;
   }
 
-  // The rows' bounds for the lanes of a band, [4, lanes]; other lanes see nothing.
-  template <class T>
-  void bounds(int64_t first, int64_t rows, int64_t lanes, T* to) const {
-    for (int64_t i = 0; i < lanes; ++i) {
-      int64_t bound[4] = {0, 0, 0, 0};
-      if (i < rows) row(first + i, bound);
-      for (int n = 0; n < 4; ++n) to[n * lanes + i] = bound[n];
-    }
-  }
+  // The bounds of a band's rows, [4, lanes]; lanes without a row see nothing.
+  const int32_t* bounds(int64_t band) const { return bounds_.data() + band * 4 * lanes_; }
 
  private:
   // (a0, a1, b0, b1) of a row within the keys, one interval where the two touch.
@@ -174,11 +172,47 @@ class Plan {
   bool pairs_;
   int64_t sample_ = -1;
   std::vector<Segment> segments_, union_;
+  std::vector<int32_t> bounds_;
+};
+
+// Rows that this item will write and the next will read, fetched into cache a few at a time while
+// this one computes: the rows of a head lie far apart, and no processor guesses them.
+class Ahead {
+ public:
+  void clear() { count_ = 0, next_ = 0; }
+  void add(const Strided& x, int64_t b, int64_t h, int64_t rows, int64_t width, int64_t size,
+           bool write = false) {
+    if (rows == 0) return;
+    rows_[count_++] = {static_cast<const char*>(x.data) + (b * x.b + h * x.h) * size, x.l * size,
+                       std::min<int64_t>(rows, 512), width * size, write};
+  }
+  void step() {
+    for (int n = 0; n < 8 && next_ < count_; ++n) {
+      Rows& r = rows_[next_];
+      if (r.write) {
+        for (int64_t byte = 0; byte < r.bytes; byte += 64) __builtin_prefetch(r.at + byte, 1);
+      } else {
+        for (int64_t byte = 0; byte < r.bytes; byte += 64) __builtin_prefetch(r.at + byte);
+      }
+      r.at += r.stride;
+      if (--r.left == 0) ++next_;
+    }
+  }
+
+ private:
+  struct Rows {
+    const char* at;
+    int64_t stride, left, bytes;
+    bool write;
+  };
+  Rows rows_[8];
+  int count_ = 0, next_ = 0;
 };
 
 // A thread's buffers, 64-byte aligned. A pair of bf16 takes the room of a number.
 template <class T>
 struct Room {
+  Ahead ahead;
   int64_t padded;      // head width in whole vectors
   T *qt, *gt;          // a band's q and grad transposed: [width, lanes]
   T *s, *d;            // a band's scores and their gradients: [keys, lanes]
@@ -315,6 +349,18 @@ Run select(const Problem& p, at::ScalarType dtype, bool backward) {
   return select<float, c10::BFloat16>(found, backward);
 }
 
+// Asks for large pages for a result: a fresh buffer of 50 MB costs more in page faults, 4 KiB at a
+// time, than in writing it. Memory that was in use before stays as it is.
+at::Tensor large_pages(at::Tensor x) {
+#if defined(__linux__)
+  constexpr uintptr_t page = 2 << 20;
+  const auto from = reinterpret_cast<uintptr_t>(x.data_ptr());
+  const uintptr_t begin = (from + page - 1) / page * page, end = (from + x.nbytes()) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return x;
+}
+
 at::Tensor side_by_side(const at::Tensor& x) {
   return x.stride(3) == 1 || x.size(3) == 1 ? x : x.contiguous();
 }
@@ -394,6 +440,7 @@ std::tuple<at::Tensor, at::Tensor> attention_fwd(
   const at::Tensor rows = side_by_side(q), keys = side_by_side(k), values = side_by_side(v);
   const auto wide = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   at::Tensor out = at::empty({p.batch, p.queries, p.heads, p.width}, q.options()).transpose(1, 2);
+  large_pages(out);
   at::Tensor lse = at::empty({p.batch, p.heads, p.queries}, q.options().dtype(wide));
   p.q = strided(rows), p.k = strided(keys), p.v = strided(values), p.out = strided(out);
   p.lse = lse.data_ptr();
@@ -421,7 +468,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_bwd(
                    values = side_by_side(v);
   p.grad = strided(upstream), p.q = strided(rows), p.k = strided(keys), p.v = strided(values);
   p.lse = lse.data_ptr();
-  at::Tensor results[3] = {at::empty_like(q), at::empty_like(k), at::empty_like(v)};
+  at::Tensor results[3] = {large_pages(at::empty_like(q)), large_pages(at::empty_like(k)),
+                           large_pages(at::empty_like(v))};
   at::Tensor written[3];
   Strided* to[3] = {&p.dq, &p.dk, &p.dv};
   for (int n = 0; n < 3; ++n) {

@@ -45,11 +45,12 @@ struct Head {
   Room<T>& m;
   const Plan& plan;
   int64_t b, h;
+  int64_t filled;        // keys whose dk and dv hold sums
   Rows<T> k, v;          // [keys, width], left operands
   Rows<T> kr, vr;        // [keys, padded] or pairs of rows [keys/2, padded], right operands
   const Band* band;
   int64_t first, rows;   // of the band
-  typename Of<T>::Int bounds[4 * L];
+  const int32_t* bounds;  // [4, L]
   uint32_t k0[L], k1[L];  // dropout's words
 
   FN int64_t steps() const { return PAIRS ? p.width / 2 : p.width; }
@@ -94,9 +95,9 @@ struct Head {
   }
 
   FN I<T> bound(int which, int n) const {
-    I<T> x;
+    typename Of<T>::S x;
     __builtin_memcpy(&x, bounds + which * L + n * w, sizeof x);
-    return x;
+    return __builtin_convertvector(x, I<T>);
   }
   FN I<T> allowed(int n, int64_t key) const {
     const I<T> j = I<T>{} + typename Of<T>::Int(key);
@@ -163,10 +164,10 @@ struct Head {
         const int64_t depth = std::min(PART, seg.end - j) / unit;
         const T* from = right.data + j / unit * right.stride;
         if (add) {
-          width_product<Product, true, true>(vectors(), rows, depth, weights, L, from,
+          width_product<Product, true, true>(m.ahead, vectors(), rows, depth, weights, L, from,
                                              right.stride, m.rows, m.padded);
         } else {
-          width_product<Product, true, false>(vectors(), rows, depth, weights, L, from,
+          width_product<Product, true, false>(m.ahead, vectors(), rows, depth, weights, L, from,
                                               right.stride, m.rows, m.padded);
         }
         add = true;
@@ -176,16 +177,28 @@ struct Head {
     if (!add) std::memset(m.rows, 0, rows * m.padded * sizeof(T));
   }
 
-  // to[keys, padded] += weights (by row) · right operand of the band's rows.
+  // to[keys, padded] += weights (by row) · right operand of the band's rows. Keys from `filled` on
+  // hold nothing yet.
   FN void sum_over_rows(const T* weights, const Rows<T>& right, T* to) {
     constexpr int64_t stride = PAIRS ? L / 2 : L;
+    const int64_t depth = PAIRS ? (rows + 1) / 2 : rows;
+    int64_t end = filled;
     for (const Segment& seg : plan.of(*band)) {
-      width_product<Product, false, true>(
-          vectors(), seg.last - seg.first, PAIRS ? (rows + 1) / 2 : rows,
-          weights + (seg.first - seg.begin) * stride, stride, right.data, right.stride,
-          to + seg.first * m.padded, m.padded);
+      const int64_t old = std::clamp(end, seg.first, seg.last);
+      const T* from = weights + (seg.first - seg.begin) * stride;
+      width_product<Product, false, true>(m.ahead, vectors(), old - seg.first, depth, from, stride,
+                                          right.data, right.stride, to + seg.first * m.padded,
+                                          m.padded);
+      clear(to, end, seg.first);
+      width_product<Product, false, false>(m.ahead, vectors(), seg.last - old, depth,
+                                           from + (old - seg.first) * stride, stride, right.data,
+                                           right.stride, to + old * m.padded, m.padded);
+      end = std::max(end, seg.last);
       weights += (seg.end - seg.begin) * stride;
     }
+  }
+  FN void clear(T* to, int64_t begin, int64_t end) {
+    if (begin < end) std::memset(to + begin * m.padded, 0, (end - begin) * m.padded * sizeof(T));
   }
 
   // Products of the band's keys with qᵀ or gradᵀ. A pair's key past the last is left as it is: no
@@ -194,7 +207,7 @@ struct Head {
   FN void score(const Rows<T>& left, const T* transposed, T* to) {
     for (const Segment& seg : plan.of(*band)) {
       const int64_t end = std::min(seg.end, p.keys);
-      score_product<Product, N>(end - seg.begin, steps(), left.data + seg.begin * left.stride,
+      score_product<Product, N>(m.ahead, end - seg.begin, steps(), left.data + seg.begin * left.stride,
                                 left.stride, transposed, to);
       to += (seg.end - seg.begin) * L;
     }
@@ -211,13 +224,16 @@ struct Head {
       softmax<N, false>(top, sum);
     }
     sum_over_keys(PAIRS ? m.pp : m.s, vr);
-    T tops[L], sums[L];
-    for (int n = 0; n < N; ++n) store(tops + n * w, top[n]), store(sums + n * w, sum[n]);
+    T lses[L], sums[L];
+    for (int n = 0; n < N; ++n) {
+      store(sums + n * w, sum[n]);
+      store(lses + n * w, top[n] + logarithm<T>(sum[n]));
+    }
     T* lse = static_cast<T*>(p.lse) + (b * p.heads + h) * p.queries + first;
     E* out = head<E>(p.out, b, h) + first * p.out.l;
     for (int64_t i = 0; i < rows; ++i) {
       const bool empty = sums[i] == 0;
-      lse[i] = empty ? -INF : tops[i] + std::log(sums[i]);
+      lse[i] = empty ? -INF : lses[i];
       narrow<T, E>(m.rows + i * m.padded, empty ? T(0) : T(p.rescale) / sums[i], out + i * p.out.l,
                    p.width);
     }
@@ -306,6 +322,7 @@ struct Head {
     }
     sum_over_rows(PAIRS ? m.pr : m.s, grad, m.dv);
     sum_over_rows(PAIRS ? m.dr : m.d, q, m.dk);
+    for (const Segment& seg : plan.of(*band)) filled = std::max(filled, seg.last);
     sum_over_keys(PAIRS ? m.pp : m.d, kr);
     E* dq = head<E>(p.dq, b, h) + first * p.dq.l;
     for (int64_t i = 0; i < rows; ++i) {
@@ -317,7 +334,7 @@ struct Head {
   FN void bands() {
     for (int64_t t = 0; t < int64_t(plan.bands.size()); ++t) {
       band = &plan.bands[t], first = t * L, rows = std::min(L, p.queries - first);
-      plan.bounds(first, rows, L, bounds);
+      bounds = plan.bounds(t);
       if (p.threshold) row_words<T>(p, b, h, first, k0, k1);
       if constexpr (BACKWARD) {
         rows <= w ? backward_band<1>() : backward_band<2>();
@@ -339,6 +356,16 @@ CALL void forward(const Problem& p, int64_t begin, int64_t end) {
     const Item& item = p.items[n];
     const bool planned = plan.build(item.b);
     head.b = item.b, head.h = item.h;
+    room.ahead.clear();
+    room.ahead.add(p.out, item.b, item.h, p.queries, p.width, sizeof(E), true);
+    if (n + 1 < end) {
+      const Item& next = p.items[n + 1];
+      room.ahead.add(p.q, next.b, next.h, p.queries, p.width, sizeof(E));
+      if (next.row != item.row || next.h != item.h) {
+        room.ahead.add(p.k, next.row, next.h, p.keys, p.width, sizeof(E));
+        room.ahead.add(p.v, next.row, next.h, p.keys, p.width, sizeof(E));
+      }
+    }
     if (row != item.row || h != item.h || (PAIRS && planned)) {
       head.keys_operand(p.k, item.row, room.kc, false, head.k, head.kr);
       head.keys_operand(p.v, item.row, room.vc, true, head.v, head.vr);
@@ -355,19 +382,35 @@ CALL void backward(const Problem& p, int64_t begin, int64_t end) {
   Head<T, E, PAIRS> work{p, room, plan};
   for (int64_t group = begin; group < end; ++group) {
     const Item& front = p.items[p.groups[group]];
-    std::memset(room.dk, 0, p.keys * room.padded * sizeof(T));
-    std::memset(room.dv, 0, p.keys * room.padded * sizeof(T));
+    work.filled = 0;
     for (int64_t n = p.groups[group]; n < p.groups[group + 1]; ++n) {
       const Item& item = p.items[n];
       if (item.b < 0) continue;  // nobody reads this row
       const bool planned = plan.build(item.b);
       work.b = item.b, work.h = item.h;
+      room.ahead.clear();
+      room.ahead.add(p.dq, item.b, item.h, p.queries, p.width, sizeof(E), true);
+      if (n + 1 == p.groups[group + 1]) {
+        room.ahead.add(p.dk, item.row, item.h, p.keys, p.width, sizeof(E), true);
+        room.ahead.add(p.dv, item.row, item.h, p.keys, p.width, sizeof(E), true);
+      }
+      if (n + 1 < p.groups[end] && p.items[n + 1].b >= 0) {
+        const Item& next = p.items[n + 1];
+        room.ahead.add(p.q, next.b, next.h, p.queries, p.width, sizeof(E));
+        room.ahead.add(p.grad, next.b, next.h, p.queries, p.width, sizeof(E));
+        if (next.row != item.row || next.h != item.h) {
+          room.ahead.add(p.k, next.row, next.h, p.keys, p.width, sizeof(E));
+          room.ahead.add(p.v, next.row, next.h, p.keys, p.width, sizeof(E));
+        }
+      }
       if (&item == &front || (PAIRS && planned)) {
         work.keys_operand(p.k, item.row, room.kc, true, work.k, work.kr);
         work.keys_operand(p.v, item.row, room.vc, false, work.v, work.vr);
       }
       work.template bands<true>();
     }
+    work.clear(room.dk, work.filled, p.keys);
+    work.clear(room.dv, work.filled, p.keys);
     E* dk = head<E>(p.dk, front.row, front.h);
     E* dv = head<E>(p.dv, front.row, front.h);
     for (int64_t j = 0; j < p.keys; ++j) {

@@ -83,6 +83,25 @@ FN V<T> exponential(V<T> x, V<T> reference) {
   }
 }
 
+// ln x for normal x > 0 within 2 units in the last place; NaN stays.
+template <class T>
+FN V<T> logarithm(V<T> x) {
+  if constexpr (sizeof(T) == 8) {
+    for (int k = 0; k < W<T>; ++k) x[k] = std::log(x[k]);
+    return x;
+  } else {
+    // x = 2^n m, 3/4 <= m < 3/2; ln m = 2 atanh(z), z = (m - 1) / (m + 1).
+    const I<T> n = ((I<T>)x - 0x3f400000) >> 23;
+    const V<T> mantissa = (V<T>)((I<T>)x - (n << 23));
+    const V<T> z = (mantissa - 1.f) / (mantissa + 1.f), q = z * z;
+    V<T> p = q * (2.f / 9) + 2.f / 7;
+    p = p * q + 2.f / 5;
+    p = p * q + 2.f / 3;
+    const V<T> y = p * q * z + z * 2.f + __builtin_convertvector(n, V<T>) * 0.69314718f;
+    return x == x ? y : x;
+  }
+}
+
 // A product that no compiler fuses into a sum: forward and backward must round scores alike.
 template <class T>
 FN V<T> scaled(V<T> score, T scale) {
@@ -169,11 +188,12 @@ FN void tile(int64_t depth, const typename P::A* a, int64_t as, const typename P
 
 // The same for any number of rows, R at a time.
 template <class P, bool BY_COLUMN, bool ADD, int R, int N>
-CALL void panel(int64_t rows, int64_t depth, const typename P::A* a, int64_t as,
+CALL void panel(Ahead& ahead, int64_t rows, int64_t depth, const typename P::A* a, int64_t as,
                 const typename P::A* b, int64_t bs, typename P::T* c, int64_t cs) {
   const int64_t step = BY_COLUMN ? 1 : as;
   for (; rows >= R; rows -= R, a += R * step, c += R * cs) {
     tile<P, BY_COLUMN, ADD, R, N>(depth, a, as, b, bs, c, cs);
+    ahead.step();
   }
   if constexpr (R > 1) {
     if (rows >= R / 2) {
@@ -189,30 +209,30 @@ CALL void panel(int64_t rows, int64_t depth, const typename P::A* a, int64_t as,
 
 // Scores [keys, LANES], of which N vectors hold rows.
 template <class P, int N>
-FN void score_product(int64_t keys, int64_t depth, const typename P::A* a, int64_t as,
+FN void score_product(Ahead& ahead, int64_t keys, int64_t depth, const typename P::A* a, int64_t as,
                       const typename P::A* b, typename P::T* c) {
   constexpr int64_t L = LANES<typename P::T>;
-  panel<P, false, false, ATTENTION_BYTES == 64 ? 8 : 4, N>(keys, depth, a, as, b, L, c, L);
+  panel<P, false, false, ATTENTION_BYTES == 64 ? 8 : 4, N>(ahead, keys, depth, a, as, b, L, c, L);
 }
 
 // Products [rows, width], `vectors` wide.
 template <class P, bool BY_COLUMN, bool ADD>
-FN void width_product(int64_t vectors, int64_t rows, int64_t depth, const typename P::A* a,
+FN void width_product(Ahead& ahead, int64_t vectors, int64_t rows, int64_t depth, const typename P::A* a,
                       int64_t as, const typename P::A* b, int64_t bs, typename P::T* c,
                       int64_t cs) {
   constexpr int64_t w = W<typename P::T>;
 #if ATTENTION_BYTES == 64
   for (; vectors >= 4; vectors -= 4, b += 4 * w, c += 4 * w) {
-    panel<P, BY_COLUMN, ADD, 4, 4>(rows, depth, a, as, b, bs, c, cs);
+    panel<P, BY_COLUMN, ADD, 4, 4>(ahead, rows, depth, a, as, b, bs, c, cs);
   }
-  if (vectors == 3) return panel<P, BY_COLUMN, ADD, 4, 3>(rows, depth, a, as, b, bs, c, cs);
+  if (vectors == 3) return panel<P, BY_COLUMN, ADD, 4, 3>(ahead, rows, depth, a, as, b, bs, c, cs);
 #else
   for (; vectors >= 2; vectors -= 2, b += 2 * w, c += 2 * w) {
-    panel<P, BY_COLUMN, ADD, 4, 2>(rows, depth, a, as, b, bs, c, cs);
+    panel<P, BY_COLUMN, ADD, 4, 2>(ahead, rows, depth, a, as, b, bs, c, cs);
   }
 #endif
-  if (vectors == 2) return panel<P, BY_COLUMN, ADD, 4, 2>(rows, depth, a, as, b, bs, c, cs);
-  if (vectors == 1) panel<P, BY_COLUMN, ADD, 4, 1>(rows, depth, a, as, b, bs, c, cs);
+  if (vectors == 2) return panel<P, BY_COLUMN, ADD, 4, 2>(ahead, rows, depth, a, as, b, bs, c, cs);
+  if (vectors == 1) panel<P, BY_COLUMN, ADD, 4, 1>(ahead, rows, depth, a, as, b, bs, c, cs);
 }
 
 // to[e][i] = from[i][e] for i < rows, 0 for other lanes; e < depth.
