@@ -45,9 +45,12 @@ class _Within(torch.autograd.Function):
     """A function whose forward and backward both run inside a context."""
 
     @staticmethod
-    def forward(ctx: Any, context: Callable[[], Any], function: Loss, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, context: Callable[[], Any], function: Loss, *inputs: Any) -> Tensor:
         ctx.context = context
-        ctx.inner = [x.detach().requires_grad_() for x in inputs]
+        ctx.inner = [
+            x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+            for x in inputs
+        ]
         with context(), torch.enable_grad():
             ctx.loss = function(*ctx.inner)
         loss: Tensor = ctx.loss.detach()
@@ -55,5 +58,8 @@ class _Within(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = [isinstance(x, Tensor) and x.requires_grad for x in ctx.inner]
+        leaves = [x for x, want in zip(ctx.inner, wanted, strict=True) if want]
         with ctx.context():
-            return None, None, *torch.autograd.grad(ctx.loss, ctx.inner, grad)
+            found = iter(torch.autograd.grad(ctx.loss, leaves, grad))
+        return None, None, *(next(found) if want else None for want in wanted)

@@ -48,7 +48,6 @@ def third_party(names: set[str]) -> set[str]:
 
 
 UNFINISHED = {
-    "attention",
     "linear_cross_entropy",
     "query_info_nce",
 }  # their kernels are still to come

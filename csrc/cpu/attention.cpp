@@ -8,7 +8,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -16,6 +15,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <span>
@@ -272,7 +272,7 @@ using Run = void (*)(const Problem&, int64_t begin, int64_t end);
 
 #if defined(__x86_64__)
 #define ATTENTION_ISA attention_avx2
-#define ATTENTION_TARGET __attribute__((target("avx2,fma,f16c")))
+#define ATTENTION_TARGET __attribute__((target("avx2,fma")))
 #define ATTENTION_BYTES 32
 #include "attention_tiles.h"
 #include "attention_kernels.h"
@@ -313,40 +313,41 @@ int level() {
   int found = 0;
 #if defined(__x86_64__)
   found = static_cast<int>(isa());
-  if (found == 1 && !__builtin_cpu_supports("f16c")) found = 0;
   if (found == 2 && __builtin_cpu_supports("avx512bf16")) found = 3;
 #endif
   return std::min(found, limit.load());
 }
 
-template <class T, class E>
+template <class T>
 Run select(int level, bool backward) {
 #if defined(__x86_64__)
   if (level >= 2) {
-    return backward ? attention_avx512::backward<T, E, false>
-                    : attention_avx512::forward<T, E, false>;
+    return backward ? attention_avx512::backward<T, false> : attention_avx512::forward<T, false>;
   }
   if (level == 1) {
-    return backward ? attention_avx2::backward<T, E, false> : attention_avx2::forward<T, E, false>;
+    return backward ? attention_avx2::backward<T, false> : attention_avx2::forward<T, false>;
   }
 #endif
-  return backward ? attention_base::backward<T, E, false> : attention_base::forward<T, E, false>;
+  return backward ? attention_base::backward<T, false> : attention_base::forward<T, false>;
 }
 
-Run select(const Problem& p, at::ScalarType dtype, bool backward) {
-  const int found = level();
-  if (dtype == at::kDouble) return select<double, double>(found, backward);
-  if (dtype == at::kFloat) return select<float, float>(found, backward);
-  if (dtype == at::kHalf) return select<float, c10::Half>(found, backward);
+Run select(at::ScalarType dtype, bool backward) {
+  if (dtype == at::kDouble) return select<double>(level(), backward);
 #if defined(__x86_64__)
-  const bool even = p.width % 2 == 0 && p.q.l % 2 == 0 && p.k.l % 2 == 0 && p.v.l % 2 == 0 &&
-                    (!backward || p.grad.l % 2 == 0);
-  if (found == 3 && even) {
-    return backward ? attention_pairs::backward<float, c10::BFloat16, true>
-                    : attention_pairs::forward<float, c10::BFloat16, true>;
+  if (dtype == at::kBFloat16) {
+    return backward ? attention_pairs::backward<float, true> : attention_pairs::forward<float, true>;
   }
 #endif
-  return select<float, c10::BFloat16>(found, backward);
+  return select<float>(level(), backward);
+}
+
+// What the kernels compute in: bf16 where the processor multiplies pairs of it and rows hold whole
+// pairs, else fp32 (fp64 for fp64).
+at::ScalarType computed(const at::Tensor& q, std::initializer_list<at::Tensor> inputs) {
+  if (q.scalar_type() == at::kDouble) return at::kDouble;
+  bool pairs = q.scalar_type() == at::kBFloat16 && level() == 3 && q.size(3) % 2 == 0;
+  for (const at::Tensor& x : inputs) pairs = pairs && x.stride(2) % 2 == 0;
+  return pairs ? at::kBFloat16 : at::kFloat;
 }
 
 // Asks for large pages for a result: a fresh buffer of 50 MB costs more in page faults, 4 KiB at a
@@ -361,8 +362,10 @@ at::Tensor large_pages(at::Tensor x) {
   return x;
 }
 
-at::Tensor side_by_side(const at::Tensor& x) {
-  return x.stride(3) == 1 || x.size(3) == 1 ? x : x.contiguous();
+// In the dtype of the computation, with a row's numbers side by side.
+at::Tensor operand(const at::Tensor& x, at::ScalarType dtype) {
+  const at::Tensor y = x.to(dtype);
+  return y.stride(3) == 1 || y.size(3) == 1 ? y : y.contiguous();
 }
 
 void check(const at::Tensor& x, const char* name, const at::Tensor& like, int64_t batch,
@@ -437,18 +440,18 @@ std::tuple<at::Tensor, at::Tensor> attention_fwd(
   const at::AutoDispatchBelowADInplaceOrView guard;
   const auto mask = intervals ? std::optional(intervals->contiguous()) : std::nullopt;
   Problem p = describe(q, k, v, mask, kv_row, seed, dropout_p, scale);
-  const at::Tensor rows = side_by_side(q), keys = side_by_side(k), values = side_by_side(v);
-  const auto wide = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  at::Tensor out = at::empty({p.batch, p.queries, p.heads, p.width}, q.options()).transpose(1, 2);
-  large_pages(out);
+  const auto dtype = computed(q, {q, k, v}), wide = dtype == at::kDouble ? dtype : at::kFloat;
+  const at::Tensor rows = operand(q, dtype), keys = operand(k, dtype), values = operand(v, dtype);
+  at::Tensor out = at::empty({p.batch, p.queries, p.heads, p.width}, rows.options());
+  out = large_pages(out).transpose(1, 2);
   at::Tensor lse = at::empty({p.batch, p.heads, p.queries}, q.options().dtype(wide));
   p.q = strided(rows), p.k = strided(keys), p.v = strided(values), p.out = strided(out);
   p.lse = lse.data_ptr();
   std::erase_if(p.items, [](const Item& item) { return item.b < 0; });
-  const Run run = select(p, q.scalar_type(), false);
+  const Run run = select(dtype, false);
   at::parallel_for(0, p.items.size(), grain(p),
                    [&](int64_t begin, int64_t end) { run(p, begin, end); });
-  return {out, lse};
+  return {out.to(q.scalar_type()), lse};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_bwd(
@@ -460,24 +463,24 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_bwd(
   const auto mask = intervals ? std::optional(intervals->contiguous()) : std::nullopt;
   Problem p = describe(q, k, v, mask, kv_row, seed, dropout_p, scale);
   check(grad, "grad", q, p.batch, p.queries);
-  const auto wide = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto dtype = computed(q, {q, k, v, grad}), wide = dtype == at::kDouble ? dtype : at::kFloat;
   TORCH_CHECK(lse.is_cpu() && lse.scalar_type() == wide && lse.is_contiguous() &&
                   lse.sizes() == at::IntArrayRef({p.batch, p.heads, p.queries}),
               "attention: lse must be the forward's, got ", lse.scalar_type(), " ", lse.sizes());
-  const at::Tensor upstream = side_by_side(grad), rows = side_by_side(q), keys = side_by_side(k),
-                   values = side_by_side(v);
+  const at::Tensor upstream = operand(grad, dtype), rows = operand(q, dtype),
+                   keys = operand(k, dtype), values = operand(v, dtype);
   p.grad = strided(upstream), p.q = strided(rows), p.k = strided(keys), p.v = strided(values);
   p.lse = lse.data_ptr();
-  at::Tensor results[3] = {large_pages(at::empty_like(q)), large_pages(at::empty_like(k)),
-                           large_pages(at::empty_like(v))};
+  at::Tensor results[3] = {at::empty_like(q), at::empty_like(k), at::empty_like(v)};
   at::Tensor written[3];
   Strided* to[3] = {&p.dq, &p.dk, &p.dv};
   for (int n = 0; n < 3; ++n) {
-    const bool direct = results[n].stride(3) == 1 || p.width == 1;
-    written[n] = direct ? results[n] : at::empty(results[n].sizes(), q.options());
-    *to[n] = strided(written[n]);
+    const bool direct = results[n].scalar_type() == dtype &&
+                        (results[n].stride(3) == 1 || p.width == 1);
+    written[n] = direct ? results[n] : at::empty(results[n].sizes(), rows.options());
+    *to[n] = strided(large_pages(written[n]));
   }
-  const Run run = select(p, q.scalar_type(), true);
+  const Run run = select(dtype, true);
   at::parallel_for(0, p.groups.size() - 1, grain(p),
                    [&](int64_t begin, int64_t end) { run(p, begin, end); });
   for (int n = 0; n < 3; ++n) {

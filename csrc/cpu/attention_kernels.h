@@ -19,23 +19,21 @@ FN E* head(const Strided& x, int64_t b, int64_t h) {
   return static_cast<E*>(x.data) + b * x.b + h * x.h;
 }
 
-// Rows as numbers: in place if they are, and fill whole vectors; else a copy that does.
-template <class T, class E>
-FN Rows<T> numbers(const E* from, int64_t stride, int64_t rows, int64_t width, int64_t padded,
-                   T* copy) {
-  if constexpr (std::is_same_v<T, E>) {
-    if (width == padded) return {from, stride};
-  }
+// Rows as they are if they fill whole vectors, else a copy that does.
+template <class T>
+FN Rows<T> whole(const T* from, int64_t stride, int64_t rows, int64_t width, int64_t padded,
+                 T* copy) {
+  if (width == padded) return {from, stride};
   for (int64_t r = 0; r < rows; ++r, from += stride) {
-    widen(from, copy + r * padded, width);
-    for (int64_t e = width; e < padded; ++e) copy[r * padded + e] = 0;
+    for (int64_t e = 0; e < padded; ++e) copy[r * padded + e] = e < width ? from[e] : 0;
   }
   return {copy, padded};
 }
 
 // One head of one sample, as a worker goes through its items.
-template <class T, class E, bool PAIRS>
+template <class T, bool PAIRS>
 struct Head {
+  using E = typename Operand<T, PAIRS>::Element;
   static constexpr int64_t L = LANES<T>;
   static constexpr int w = W<T>;
   static constexpr T INF = std::numeric_limits<T>::infinity();
@@ -72,7 +70,7 @@ struct Head {
         }
       }
     } else {
-      left = right = numbers<T, E>(from, x.l, p.keys, p.width, m.padded, room);
+      left = right = whole(from, x.l, p.keys, p.width, m.padded, room);
     }
   }
 
@@ -88,7 +86,7 @@ struct Head {
       }
       return {room, m.padded};
     } else {
-      const Rows<T> all = numbers<T, E>(from, x.l, rows, p.width, m.padded, room);
+      const Rows<T> all = whole(from, x.l, rows, p.width, m.padded, room);
       transpose(all.data, all.stride, rows, p.width, transposed);
       return all;
     }
@@ -234,7 +232,7 @@ struct Head {
     for (int64_t i = 0; i < rows; ++i) {
       const bool empty = sums[i] == 0;
       lse[i] = empty ? -INF : lses[i];
-      narrow<T, E>(m.rows + i * m.padded, empty ? T(0) : T(p.rescale) / sums[i], out + i * p.out.l,
+      finish<T, E>(m.rows + i * m.padded, empty ? T(0) : T(p.rescale) / sums[i], out + i * p.out.l,
                    p.width);
     }
   }
@@ -326,7 +324,7 @@ struct Head {
     sum_over_keys(PAIRS ? m.pp : m.d, kr);
     E* dq = head<E>(p.dq, b, h) + first * p.dq.l;
     for (int64_t i = 0; i < rows; ++i) {
-      narrow<T, E>(m.rows + i * m.padded, T(p.scale), dq + i * p.dq.l, p.width);
+      finish<T, E>(m.rows + i * m.padded, T(p.scale), dq + i * p.dq.l, p.width);
     }
   }
 
@@ -346,11 +344,12 @@ struct Head {
 };
 
 // Items of the groups begin to end: the samples that read one head of one row of k and v.
-template <class T, class E, bool PAIRS>
+template <class T, bool PAIRS>
 CALL void forward(const Problem& p, int64_t begin, int64_t end) {
+  using E = typename Operand<T, PAIRS>::Element;
   Room<T> room(p, LANES<T>, W<T>, PAIRS, false);
   Plan plan(p, LANES<T>, PAIRS);
-  Head<T, E, PAIRS> head{p, room, plan};
+  Head<T, PAIRS> head{p, room, plan};
   int64_t row = -1, h = -1;
   for (int64_t n = begin; n < end; ++n) {
     const Item& item = p.items[n];
@@ -375,11 +374,12 @@ CALL void forward(const Problem& p, int64_t begin, int64_t end) {
   }
 }
 
-template <class T, class E, bool PAIRS>
+template <class T, bool PAIRS>
 CALL void backward(const Problem& p, int64_t begin, int64_t end) {
+  using E = typename Operand<T, PAIRS>::Element;
   Room<T> room(p, LANES<T>, W<T>, PAIRS, true);
   Plan plan(p, LANES<T>, PAIRS);
-  Head<T, E, PAIRS> work{p, room, plan};
+  Head<T, PAIRS> work{p, room, plan};
   for (int64_t group = begin; group < end; ++group) {
     const Item& front = p.items[p.groups[group]];
     work.filled = 0;
@@ -414,8 +414,8 @@ CALL void backward(const Problem& p, int64_t begin, int64_t end) {
     E* dk = head<E>(p.dk, front.row, front.h);
     E* dv = head<E>(p.dv, front.row, front.h);
     for (int64_t j = 0; j < p.keys; ++j) {
-      narrow<T, E>(room.dk + j * room.padded, T(p.scale), dk + j * p.dk.l, p.width);
-      narrow<T, E>(room.dv + j * room.padded, T(p.rescale), dv + j * p.dv.l, p.width);
+      finish<T, E>(room.dk + j * room.padded, T(p.scale), dk + j * p.dk.l, p.width);
+      finish<T, E>(room.dv + j * room.padded, T(p.rescale), dv + j * p.dv.l, p.width);
     }
   }
 }

@@ -110,24 +110,6 @@ FN V<T> scaled(V<T> score, T scale) {
   return x;
 }
 
-// Rows of `count` numbers between E and T.
-template <class T, class E>
-FN void widen(const E* from, T* to, int64_t count) {
-  for (int64_t e = 0; e < count; ++e) to[e] = static_cast<T>(from[e]);
-}
-template <class T, class E>
-FN void narrow(const T* from, T factor, E* to, int64_t count) {
-  int64_t e = 0;
-#if ATTENTION_PAIRS
-  if constexpr (std::is_same_v<E, c10::BFloat16>) {
-    for (; e + 16 <= count; e += 16) {
-      store(to + e, _mm512_cvtneps_pbh((__m512)(load(from + e) * factor)));
-    }
-  }
-#endif
-  for (; e < count; ++e) to[e] = static_cast<E>(from[e] * factor);
-}
-
 // What a product multiplies: numbers, or pairs of bf16 in 32 bits.
 template <class S>
 struct Numbers {
@@ -138,6 +120,7 @@ struct Numbers {
 template <class S, bool PAIRS>
 struct Operand {
   using Product = Numbers<S>;
+  using Element = S;
 };
 #if ATTENTION_PAIRS
 struct Pairs {
@@ -150,6 +133,7 @@ struct Pairs {
 template <>
 struct Operand<float, true> {
   using Product = Pairs;
+  using Element = c10::BFloat16;
 };
 #endif
 
@@ -296,7 +280,11 @@ FN void interleave(const c10::BFloat16* even, const c10::BFloat16* odd, int64_t 
   }
 }
 
-// Two vectors as one of bf16.
+// A vector as half a one of bf16, and two vectors as one.
+template <class T>
+FN __m256i halved(V<T> x) {
+  return (__m256i)_mm512_cvtneps_pbh((__m512)x);
+}
 template <class T>
 FN V<T> rounded(V<T> low, V<T> high) {
   return (V<T>)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
@@ -311,6 +299,21 @@ FN V<T> paired(V<T> even, V<T> odd) {
   return (V<T>)_mm512_permutexvar_epi16((__m512i)zip, (__m512i)rounded<T>(even, odd));
 }
 #endif
+
+// A row of a result, scaled.
+template <class T, class E>
+FN void finish(const T* from, T factor, E* to, int64_t count) {
+  int64_t e = 0;
+  for (; e + W<T> <= count; e += W<T>) {
+    const V<T> x = load(from + e) * factor;
+    if constexpr (std::is_same_v<T, E>) {
+      store(to + e, x);
+    } else {
+      store(to + e, halved<T>(x));
+    }
+  }
+  for (; e < count; ++e) to[e] = static_cast<E>(from[e] * factor);
+}
 
 // Dropout's two words for each row of a band.
 template <class T>
