@@ -380,6 +380,18 @@ def test_label_out_of_range(backend: str, device: str, label: int):
     assert found["hidden"][13].isnan().all() and found["hidden"].isnan().any(1).sum() == 1
 
 
+def test_blocks_of_weights(backend: str, device: str, monkeypatch: pytest.MonkeyPatch):
+    """A GPU forms the gradient's weights for a block of the vocabulary at a time: the rows' gradient
+    must add up over blocks, and each block's classes land in their place."""
+    if backend not in ("triton", "cuda"):
+        pytest.skip("about the GPU's blocks")
+    kernels = importlib.import_module("mmkern.ops.linear_cross_entropy.triton")
+    monkeypatch.setattr(kernels, "WEIGHT_BYTES", 1)
+    given = problem(70, 40, 300, device=device)
+    check(given, label_smoothing=0.1)
+    check(given, frozen=("weight", "hidden"))
+
+
 def test_no_host_synchronisation(backend: str, device: str):
     """A training step must not wait for the GPU inside the loss, to count labels or otherwise."""
     if backend != "cuda":
