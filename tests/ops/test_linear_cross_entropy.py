@@ -381,8 +381,8 @@ def test_label_out_of_range(backend: str, device: str, label: int):
 
 
 def test_blocks_of_weights(backend: str, device: str, monkeypatch: pytest.MonkeyPatch):
-    """A GPU forms the gradient's weights for a block of the vocabulary at a time: the rows' gradient
-    must add up over blocks, and each block's classes land in their place."""
+    """A GPU forms the gradient's weights for a block of the vocabulary at a time: the rows'
+    gradient must add up over blocks, and each block's classes land in their place."""
     if backend not in ("triton", "cuda"):
         pytest.skip("about the GPU's blocks")
     kernels = importlib.import_module("mmkern.ops.linear_cross_entropy.triton")
