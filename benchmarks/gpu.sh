@@ -50,8 +50,9 @@ done
 
 # Calibrates first. --seconds bounds the rounds of a case; 1,048,576 pairs are ours alone.
 bench="--device cuda --record --results $out --seconds 0.5"
-step benchmarks 170 $(pytest benchmarks) $bench --sizes "$sizes" -k "not float32"
+step benchmarks 110 $(pytest benchmarks) $bench --sizes "$sizes" -k "not float32 and not attention"
+step bench-attention 60 $(pytest benchmarks/ops/attention.py) $bench -k "not float32"
 step million 40 $(pytest benchmarks/ops/info_nce.py) $bench -k "1048576"
 
-grep -h -A 200 'time, memory and error' "$out"/benchmarks.log "$out"/million.log 2>/dev/null
+grep -h -A 200 'time, memory and error' "$out"/benchmarks.log "$out"/bench-attention.log "$out"/million.log 2>/dev/null
 exit $failed
