@@ -33,10 +33,10 @@ step build 60 env MMKERN_BUILD=auto "$python" setup.py build_ext --inplace
 step info 30 "$python" -m mmkern.cli info
 
 # Operators on CUDA in every dtype, then the launchers' corners (bands, redone programs, NaN).
-step operators 80 $(pytest tests/ops/test_info_nce.py tests/ops/test_sigmoid_contrastive.py) -k cuda
+step operators 70 $(pytest tests/ops/test_info_nce.py tests/ops/test_sigmoid_contrastive.py) -k cuda
 step kernels 40 $(pytest tests/ops/triton_kernels.py)
-step head 45 $(pytest tests/ops/test_linear_cross_entropy.py) -k cuda
-step attention 45 $(pytest tests/ops/test_attention.py tests/ops/triton_attention.py) \
+step head 40 $(pytest tests/ops/test_linear_cross_entropy.py) -k cuda
+step attention 40 $(pytest tests/ops/test_attention.py tests/ops/triton_attention.py) \
   -k "cuda or not (reference or cpp)"
 
 # Reads and writes out of bounds, and races, on sizes that are no multiple of a tile.
@@ -51,9 +51,9 @@ done
 
 # Calibrates first. --seconds bounds the rounds of a case; 1,048,576 pairs are ours alone.
 bench="--device cuda --record --results $out --seconds 0.5"
-step benchmarks 100 $(pytest benchmarks) $bench --sizes "$sizes" -k "not float32 and not attention"
-step bench-attention 50 $(pytest benchmarks/ops/attention.py) $bench -k "not float32"
-step head-benchmarks 40 $(pytest benchmarks/ops/linear_cross_entropy.py) $bench -k "bfloat16"
+step benchmarks 80 $(pytest benchmarks) $bench --sizes "$sizes" -k "not float32 and not attention"
+step bench-attention 40 $(pytest benchmarks/ops/attention.py) $bench -k "not float32"
+step head-benchmarks 30 $(pytest benchmarks/ops/linear_cross_entropy.py) $bench -k "bfloat16"
 step million 40 $(pytest benchmarks/ops/info_nce.py) $bench -k "1048576"
 
 grep -h -A 200 'time, memory and error' "$out"/{benchmarks,bench-attention,head-benchmarks,million}.log 2>/dev/null
