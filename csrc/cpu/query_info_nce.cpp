@@ -24,104 +24,9 @@
 #include <immintrin.h>
 #endif
 
+#include "query_info_nce.h"
 #include "simd.h"
 #include "tiles.h"
-
-namespace mmkern {
-namespace {
-
-constexpr int FIELDS = 7;       // statistics of a row or column, in the specification's order
-constexpr int64_t ROWS = 512;   // queries in a band, unless one image has more
-constexpr int64_t TILE = 2048;  // texts in a tile of at::mm
-constexpr int64_t PIECE = 64;   // columns of the smallest share of a worker
-constexpr int64_t CHUNK = 256;  // texts that a worker's cache holds beside its gradients
-
-using Span = std::span<const int64_t>;
-
-// The positives of a row or column, one by one.
-template <class T>
-struct Positives {
-  T top = -kInf<T>, sum = 0, total = 0, number = 0;
-  void add(T logit) {
-    if (logit > top) {
-      sum *= std::exp(top - logit);  // 0 for the first
-      top = logit;
-    }
-    sum += std::exp(logit - (top == -kInf<T> ? 0 : top));
-    total += logit;
-    number += 1;
-  }
-};
-
-// Statistics of all columns while images come in: [FIELDS, ld], and the draws' least keys.
-template <class T>
-struct Columns {
-  T* stats;
-  int64_t ld;
-  T* keys;
-  std::conditional_t<sizeof(T) == 4, int32_t, int64_t>* drawn;
-  T* field(int index) const { return stats + index * ld; }
-};
-
-struct Draw {
-  uint32_t key;
-  int64_t offset;
-};
-
-// Softmax of one row or column in the backward: exp(S - top) · inverse. See _weights of the
-// specification.
-template <class T>
-struct Direction {
-  T top, inverse, top_positive, inverse_positives, miss, number;
-
-  Direction(const T* stats, int64_t stride) {
-    const T top_negative = stats[0], negatives = stats[stride];
-    top_positive = stats[2 * stride];
-    inverse_positives = 1 / stats[3 * stride];
-    number = stats[5 * stride];
-    top = std::max(top_negative, top_positive);
-    const T missed = negatives * std::exp(top_negative - top);
-    const T all = missed + stats[3 * stride] * std::exp(top_positive - top);
-    inverse = 1 / all;
-    miss = missed / all;
-  }
-
-  T of_positive(T logit, T kept) const {
-    const T e = std::exp(logit - top_positive) * inverse_positives;
-    return (e - kept / number) - e * miss;
-  }
-};
-
-template <class T>
-struct Directions {
-  const T *top, *inverse;  // padded with zeros
-  const Direction<T>* all;
-  const Direction<T>& at(int64_t j) const { return all[j]; }
-};
-
-template <class T>
-struct Weighting {
-  T scale, kept, spread;  // kept: 1 - ε; spread: ε / M
-  T constant, factor;     // of the scale's gradient, and of the others
-};
-
-template <class T>
-struct Kernels {
-  void (*reduce)(const T*, int64_t, int64_t, int64_t, T*, uint8_t*);
-  void (*row_statistics)(const T*, int64_t, T, Span, T*, T*, int64_t, const Draw*, int64_t, T*,
-                         int64_t*);
-  void (*column_statistics)(const T*, int64_t, int64_t, int64_t, int64_t, const Columns<T>&,
-                            const Draw*, int64_t);
-  T (*weights)(const T*, int64_t, Span, const Direction<T>&, const Directions<T>&,
-               const Weighting<T>&, T*, T*, T*);
-  void (*query_gradient)(const T*, const uint8_t*, int64_t, const T*, int64_t, int64_t, int64_t,
-                         T*);
-  void (*text_gradient)(const T*, int64_t, const uint8_t*, int64_t, int64_t, int64_t, int64_t,
-                        const T*, int64_t, int64_t, int64_t, T*);
-};
-
-}  // namespace
-}  // namespace mmkern
 
 #define QUERY_ISA query_base
 #define QUERY_TARGET
@@ -142,13 +47,13 @@ struct Kernels {
 namespace mmkern {
 namespace {
 
-template <class T>
-const Kernels<T>& kernels() {
+template <class T, class X = T>
+const Kernels<T, X>& kernels() {
 #if defined(__x86_64__)
-  if (isa() == Isa::avx512) return query_avx512::kernels<T>;
-  if (isa() == Isa::avx2) return query_avx2::kernels<T>;
+  if (isa() == Isa::avx512) return query_avx512::kernels<T, X>;
+  if (isa() == Isa::avx2) return query_avx2::kernels<T, X>;
 #endif
-  return query_base::kernels<T>;
+  return query_base::kernels<T, X>;
 }
 
 // Texts of a row's positives, ascending.
@@ -245,15 +150,17 @@ class Similarities {
     }
   }
 
-  // The queries of a band in T, `ld` apart; kept until the next call.
-  const T* rows(int64_t first, int64_t count, int64_t ld) {
-    if (!packed_ && ld == width) return rows_.const_data_ptr<T>() + first * queries * width;
-    if (!wide_.defined()) wide_ = at::zeros({band * queries, ld}, tile_.options());
-    wide_.narrow(0, 0, count * queries)
-        .narrow(1, 0, width)
-        .copy_(rows_.narrow(0, first * queries, count * queries).narrow(1, 0, width));
-    return wide_.const_data_ptr<T>();
+  // Whether features are kept in bf16.
+  bool packed() const { return packed_; }
+
+  // All queries in X, bf16's bits where packed, in rows a multiple of LANES long.
+  template <class X>
+  const X* rows() {
+    const int64_t missing = ld() - rows_.size(1);
+    wide_ = missing ? at::constant_pad_nd(rows_, {0, missing}) : rows_;
+    return static_cast<const X*>(wide_.const_data_ptr());
   }
+  int64_t ld() const { return round_up(rows_.size(1), LANES); }
 
  private:
   int64_t strips() const { return (texts + STRIP - 1) / STRIP; }
@@ -285,7 +192,7 @@ class Similarities {
   at::Tensor rows_;  // [B Q, D], in T; packed: bf16, D padded
   at::Tensor text_;  // [M, D] in T; packed: [strips, D/2, strip, 2]
   at::Tensor tile_;  // products: [band Q, TILE]; packed: of each worker, [group Q, strip]
-  at::Tensor wide_;
+  at::Tensor wide_;  // rows_, padded to LANES
 };
 
 // f(T{}) with the type that this dtype is summed in.
@@ -382,12 +289,11 @@ Forward forward(const at::Tensor& queries, const at::Tensor& text, T scale, cons
 
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-template <class T>
-Gradients backward(const at::Tensor& queries, const at::Tensor& text, const at::Tensor& ids,
+template <class T, class X>
+Gradients backward(Similarities<T> similarities, const at::Tensor& queries, const at::Tensor& text, const at::Tensor& ids,
                    int64_t offset, const at::Tensor& given_stats, Weighting<T> weighting,
                    bool detach, std::array<bool, 2> wanted,
                    const std::optional<at::Tensor>& dots, const std::optional<at::Tensor>& best) {
-  Similarities<T> similarities(queries, text);
   const PositivePairs positives(ids);
   const int64_t images = similarities.images, texts = similarities.texts, band = similarities.band;
   const int64_t count = similarities.queries, width = similarities.width;
@@ -407,9 +313,12 @@ Gradients backward(const at::Tensor& queries, const at::Tensor& text, const at::
   const Directions<T> columns{column.const_data_ptr<T>(), column.const_data_ptr<T>() + padded,
                               directions.data()};
 
-  at::Tensor wide = text.to(single.dtype()).contiguous();
+  at::Tensor wide = text.contiguous();
+  if (!similarities.packed()) wide = wide.to(single.dtype());
   if (ld > width) wide = at::constant_pad_nd(wide, {0, ld - width});
-  const T* t = wide.const_data_ptr<T>();
+  const X* t = static_cast<const X*>(wide.const_data_ptr());
+  const X* v = wanted[1] ? similarities.template rows<X>() : nullptr;
+  const int64_t v_ld = similarities.ld();
   const bool direct = ld == width && queries.scalar_type() == single.dtype();
   at::Tensor d_queries =
       wanted[0] ? at::empty(queries.sizes(), queries.options()) : at::empty({0}, queries.options());
@@ -449,12 +358,11 @@ Gradients backward(const at::Tensor& queries, const at::Tensor& text, const at::
             row_weight + i * padded, detach ? column_weight + i * padded : nullptr);
       }
       if (!wanted[0]) return;
-      std::fill(to + begin * count * ld, to + end * count * ld, T(0));
       for (int64_t j = 0; j < texts; j += CHUNK) {
         for (int64_t i = begin; i < end; ++i) {
-          kernels<T>().query_gradient(row_weight + i * padded + j, b + i * texts + j,
-                                      std::min(CHUNK, texts - j), t + j * ld, ld, ld, count,
-                                      to + i * count * ld);
+          kernels<T, X>().query_gradient(row_weight + i * padded + j, b + i * texts + j,
+                                         std::min(CHUNK, texts - j), t + j * ld, ld, count, j > 0,
+                                         to + i * count * ld);
         }
       }
     });
@@ -463,12 +371,12 @@ Gradients backward(const at::Tensor& queries, const at::Tensor& text, const at::
       d_queries.narrow(0, first, members).copy_(from.unflatten(0, {members, count}));
     }
     if (!wanted[1]) continue;
-    const T* v = similarities.rows(first, members, ld);
     at::parallel_for(0, (texts + PIECE - 1) / PIECE, grain(members * PIECE * width / 8),
                      [&](int64_t begin, int64_t end) {
-                       kernels<T>().text_gradient(column_weight, padded, b, texts, members,
-                                                  begin * PIECE, std::min(end * PIECE, texts), v,
-                                                  count, ld, ld, d_text.mutable_data_ptr<T>());
+                       kernels<T, X>().text_gradient(
+                           column_weight, padded, b, texts, members, begin * PIECE,
+                           std::min(end * PIECE, texts), v + first * count * v_ld, count, v_ld, ld,
+                           d_text.mutable_data_ptr<T>());
                      });
   }
   if (ld > width) d_text = d_text.narrow(1, 0, width).contiguous();
@@ -544,8 +452,16 @@ Gradients query_info_nce_bwd(const at::Tensor& queries, const at::Tensor& text,
     const T s = scale.item().to<T>(), constant = grad.item().to<T>() * world / (2 * texts);
     const Weighting<T> weighting{s, static_cast<T>(1 - label_smoothing),
                                  static_cast<T>(label_smoothing / texts), constant, constant * s};
-    return backward<T>(queries, text, ids, offset, stats, weighting, detach_columns, output_mask,
-                       dots, best);
+    Similarities<T> similarities(queries, text);
+    const auto run = [&](auto feature) {
+      return backward<T, decltype(feature)>(std::move(similarities), queries, text, ids, offset,
+                                            stats, weighting, detach_columns, output_mask, dots,
+                                            best);
+    };
+    if constexpr (std::is_same_v<T, float>) {
+      if (similarities.packed()) return run(uint16_t{});
+    }
+    return run(T{});
   });
 }
 

@@ -19,6 +19,7 @@ struct Of {
   typedef Int I __attribute__((vector_size(QUERY_BYTES)));
   typedef uint32_t U __attribute__((vector_size(4 * W<T>)));
   typedef uint64_t L __attribute__((vector_size(8 * W<T>)));
+  typedef uint16_t H __attribute__((vector_size(2 * W<T>)));
   typedef uint8_t B __attribute__((vector_size(W<T>)));
 };
 template <class T>
@@ -318,32 +319,44 @@ CALL T weights(const T* dots, int64_t count, Span positives, const Direction<T>&
   return sum;
 }
 
-// out += Σ_k weight[k] x[index[k]], `width` (a multiple of 16) wide.
-template <class T>
-FN void gather_sum(T* out, const T* weight, const int32_t* index, int64_t n, const T* x, int64_t ld,
-                   int64_t width) {
+// W features in T; X may be bf16's bits.
+template <class T, class X>
+FN V<T> load_wide(const X* p) {
+  if constexpr (std::is_same_v<X, uint16_t>) {
+    typename Of<T>::H bits;
+    __builtin_memcpy(&bits, p, sizeof bits);
+    return (V<T>)(__builtin_convertvector(bits, U<T>) << 16);
+  } else {
+    return load(p);
+  }
+}
+
+// out (+)= Σ_k weight[k] x[index[k]], `width` (a multiple of 16) wide.
+template <class T, class X>
+FN void gather_sum(T* out, const T* weight, const int32_t* index, int64_t n, const X* x, int64_t ld,
+                   int64_t width, bool add) {
   constexpr int G = 8;
   int64_t d = 0;
   for (; d + G * W<T> <= width; d += G * W<T>) {
     V<T> sums[G];
-    for (int g = 0; g < G; ++g) sums[g] = load(out + d + g * W<T>);
+    for (int g = 0; g < G; ++g) sums[g] = add ? load(out + d + g * W<T>) : V<T>{};
     for (int64_t k = 0; k < n; ++k) {
-      const T* row = x + index[k] * ld + d;
-      for (int g = 0; g < G; ++g) sums[g] += weight[k] * load(row + g * W<T>);
+      const X* row = x + index[k] * ld + d;
+      for (int g = 0; g < G; ++g) sums[g] += weight[k] * load_wide<T>(row + g * W<T>);
     }
     for (int g = 0; g < G; ++g) store(out + d + g * W<T>, sums[g]);
   }
   for (; d < width; d += W<T>) {
-    V<T> sum = load(out + d);
-    for (int64_t k = 0; k < n; ++k) sum += weight[k] * load(x + index[k] * ld + d);
+    V<T> sum = add ? load(out + d) : V<T>{};
+    for (int64_t k = 0; k < n; ++k) sum += weight[k] * load_wide<T>(x + index[k] * ld + d);
     store(out + d, sum);
   }
 }
 
-// out[q] += Σ over the columns whose best query is q; at most CHUNK columns, sorted by query here.
-template <class T>
-CALL void query_gradient(const T* weight, const uint8_t* best, int64_t columns, const T* text,
-                         int64_t ld, int64_t width, int64_t queries, T* out) {
+// out[q] (+)= Σ over the columns whose best query is q; at most CHUNK columns, sorted here.
+template <class T, class X>
+CALL void query_gradient(const T* weight, const uint8_t* best, int64_t columns, const X* text,
+                         int64_t width, int64_t queries, bool add, T* out) {
   int32_t starts[257] = {}, index[CHUNK];
   T sorted[CHUNK];
   for (int64_t j = 0; j < columns; ++j) ++starts[best[j] + 1];
@@ -354,14 +367,15 @@ CALL void query_gradient(const T* weight, const uint8_t* best, int64_t columns, 
     sorted[place] = weight[j];
   }
   for (int64_t q = 0, begin = 0; q < queries; begin = starts[q++]) {
-    gather_sum(out + q * ld, sorted + begin, index + begin, starts[q] - begin, text, ld, width);
+    gather_sum(out + q * width, sorted + begin, index + begin, starts[q] - begin, text, width,
+               width, add);
   }
 }
 
 // out[j] += Σ_i weight[i, j] queries[i, best[i, j]] for the columns [begin, end) of a band.
-template <class T>
+template <class T, class X>
 CALL void text_gradient(const T* weight, int64_t weight_ld, const uint8_t* best, int64_t best_ld,
-                        int64_t images, int64_t begin, int64_t end, const T* queries, int64_t count,
+                        int64_t images, int64_t begin, int64_t end, const X* queries, int64_t count,
                         int64_t ld, int64_t width, T* out) {
   int32_t index[ROWS];
   T column[ROWS];
@@ -370,13 +384,13 @@ CALL void text_gradient(const T* weight, int64_t weight_ld, const uint8_t* best,
       index[i] = static_cast<int32_t>(i * count + best[i * best_ld + j]);
       column[i] = weight[i * weight_ld + j];
     }
-    gather_sum(out + j * ld, column, index, images, queries, ld, width);
+    gather_sum(out + j * width, column, index, images, queries, ld, width, true);
   }
 }
 
-template <class T>
-constexpr Kernels<T> kernels{&reduce<T>,  &row_statistics<T>, &column_statistics<T>,
-                             &weights<T>, &query_gradient<T>, &text_gradient<T>};
+template <class T, class X>
+constexpr Kernels<T, X> kernels{&reduce<T>,  &row_statistics<T>,    &column_statistics<T>,
+                                &weights<T>, &query_gradient<T, X>, &text_gradient<T, X>};
 
 }  // namespace mmkern::QUERY_ISA
 

@@ -21,7 +21,11 @@ from mmkern._triton import LN2, LOG2E, Config, Variant
 BAND_BYTES = 256 << 20  # scratch for products that are not kept
 
 _MOST_PROGRAMS = 256  # programs that d_text is split up for: about two a multiprocessor
-_COLUMNS, _ROW_COLUMNS = 32, 1024  # of a program of column and of row statistics
+# Tiles of a program of row and of column statistics, by AXIS.
+_STATISTICS: dict[int, dict[str, int]] = {
+    1: {"AXIS": 1, "BR": 1, "BC": 1024, "num_warps": 4},
+    0: {"AXIS": 0, "BR": 64, "BC": 32, "num_warps": 8},
+}
 _WEIGHT_ROWS, _WEIGHT_COLUMNS = 16, 128
 
 _HALF = Config(128, 128, 64, warps=8, stages=3, descriptors=False, flatten=False)
@@ -291,9 +295,8 @@ def query_gradient(weight, best, text, factor, out, images, texts, queries, text
     """out[i Q + q] = factor Σ_j weight[i, j] [best[i, j] = q] text_j."""
     blocks = tl.cdiv(D, BD)
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
-    c = tl.arange(0, BC)
-    i = tl.program_id(0) // blocks * (BC // QP) + c // QP
-    q = c % QP
+    c = tl.program_id(0) // blocks * BC + tl.arange(0, BC)
+    i, q = c // QP, c % QP
     tile = tl.zeros([BC, BD], dtype=tl.float32)
     for start in tl.range(0, texts, BT):
         t = start + tl.arange(0, BT)
@@ -318,11 +321,10 @@ def text_gradient(weight, best, rows, factor, out, images, texts, queries, row_s
     t = tl.program_id(0) // blocks * BT + tl.arange(0, BT)
     begin = tl.program_id(1) * chunk_images
     end = tl.minimum(begin + chunk_images, images)
-    c = tl.arange(0, BC)
-    q = c % QP
     tile = tl.zeros([BT, BD], dtype=tl.float32)
-    for start in tl.range(begin, end, BC // QP):
-        i = start + c // QP
+    for start in tl.range(begin * QP, end * QP, BC):
+        c = start + tl.arange(0, BC)
+        i, q = c // QP, c % QP
         w = spread_weights(weight, best, i, q, t, end, texts)
         row = tl.minimum(i, end - 1).to(tl.int64) * queries + tl.minimum(q, queries - 1)
         mask = ((i < end) & (q < queries))[:, None] & (d < D)[None, :]
@@ -339,7 +341,7 @@ def _config(dtype: torch.dtype, queries: int) -> tuple[Config, int]:
     config = _SINGLE if dtype == torch.float32 else _HALF
     padded = triton.next_power_of_2(queries)
     if padded > config.block_n:  # all queries of an image in one tile
-        config = replace(config, block_m=64 * 128 // padded, block_n=padded, warps=8)
+        config = replace(config, block_m=64, block_n=padded, warps=8)
     return config, padded
 
 
@@ -355,11 +357,16 @@ def _constants(config: Config, padded: int, dtype: torch.dtype) -> dict[str, obj
     } | options
 
 
-def _gradient_constants(config: Config, padded: int, dtype: torch.dtype) -> dict[str, object]:
-    """Those of the backward's: 64 x 128 of an operand at a time, sums of [128, 128] at most."""
-    constants = _constants(replace(config, block_m=min(config.block_m, 64)), padded, dtype)
-    width = 64 if dtype == torch.float32 else 128
-    return constants | {"BD": width, "SHIFT": _triton.weight_shift(dtype)}
+def _gradient_constants(padded: int, dtype: torch.dtype, texts: int) -> dict[str, object]:
+    """Those of the backward's, `texts` at a time; an image's queries may lie in several tiles."""
+    config = _SINGLE if dtype == torch.float32 else _HALF
+    constants = _constants(replace(config, block_m=texts), padded, dtype)
+    return constants | {"BD": config.block_n, "SHIFT": _triton.weight_shift(dtype)}
+
+
+def _gradient_rows(dtype: torch.dtype) -> tuple[int, int]:
+    """Texts in a tile of the queries' gradient, which sums over them, and of the texts'."""
+    return 32, 32 if dtype == torch.float32 else 64
 
 
 def _flat(queries: Tensor) -> Tensor:
@@ -415,12 +422,10 @@ def query_info_nce_fwd(
         n = band.stop - band.start
         _similarity(rows[band.start * count : band.stop * count], text, count, dots[:n], best[:n])
         parts = {"dots": dots, "images": n, "first": band.start} | common
-        query_statistics[(n,)](
-            **parts, stats=stats, keys=keys, draws=draws, AXIS=1, BR=1, BC=_ROW_COLUMNS
-        )
-        query_statistics[(triton.cdiv(texts, _COLUMNS),)](
+        query_statistics[(n,)](**parts, stats=stats, keys=keys, draws=draws, **_STATISTICS[1])
+        query_statistics[(triton.cdiv(texts, _STATISTICS[0]["BC"]),)](
             **parts, stats=stats[:, images:], keys=keys[images:], draws=draws[images:],
-            AXIS=0, BR=_COLUMNS, BC=_COLUMNS,
+            **_STATISTICS[0],
         )  # fmt: skip
     return stats, keys, draws, *((dots, best) if keep else (dots[:0, 0], best[:0, 0]))
 
@@ -465,10 +470,10 @@ def query_info_nce_bwd(
     bands = _bands(images, texts, kept)
     if not kept:
         dots, best = _scratch(text, bands, texts)
-    config, padded = _config(dtype, count)
-    constants = _gradient_constants(config, padded, dtype)
-    block = constants["BC"] // padded
-    slices = triton.cdiv(padded_width, constants["BD"])
+    padded = triton.next_power_of_2(count)
+    of_queries, of_text = (_gradient_constants(padded, dtype, n) for n in _gradient_rows(dtype))
+    block = max(1, of_text["BC"] // padded)  # images
+    slices = triton.cdiv(padded_width, of_text["BD"])
     weights = text.new_empty((1 + detach_columns, bands[0].stop, texts))
     d_scale = stats.new_zeros(())
     for band in bands:
@@ -482,23 +487,23 @@ def query_info_nce_bwd(
         query_weights[(grid,)](
             d, scale, ids, stats, weights[0], weights[-1], sums, n, texts, band.start, offset,
             images + texts, images, label_smoothing, DETACH=detach_columns,
-            SHIFT=constants["SHIFT"], BR=_WEIGHT_ROWS, BC=_WEIGHT_COLUMNS,
+            SHIFT=of_text["SHIFT"], BR=_WEIGHT_ROWS, BC=_WEIGHT_COLUMNS,
         )  # fmt: skip
         d_scale += sums.sum()
         if want_queries:
             out = d_queries[band]
-            query_gradient[(triton.cdiv(n, block) * slices,)](
+            query_gradient[(triton.cdiv(n * padded, of_queries["BC"]) * slices,)](
                 weights[0], b, wide, factor, out, n, texts, count, wide.stride(0), padded_width,
-                padded_width, **constants,
+                padded_width, **of_queries,
             )  # fmt: skip
         if want_text:
-            programs = triton.cdiv(texts, constants["BT"]) * slices
+            programs = triton.cdiv(texts, of_text["BT"]) * slices
             chunks = max(1, min(_MOST_PROGRAMS // programs, triton.cdiv(n, 4 * block)))
             chunk = triton.cdiv(triton.cdiv(n, chunks), block) * block
             partial = stats.new_empty(triton.cdiv(n, chunk), texts, padded_width)
             text_gradient[(programs, partial.shape[0])](
                 weights[-1], b, part, factor, partial, n, texts, count, part.stride(0),
-                padded_width, padded_width, chunk, **constants,
+                padded_width, padded_width, chunk, **of_text,
             )  # fmt: skip
             d_text += partial.sum(0)
     if padded_width > width:
@@ -516,9 +521,9 @@ def variants(arch: int, dtype: torch.dtype) -> list[Variant]:
     arguments |= {"ids": "*i64", "seed": "*i64", "draws": "*i64", "best": "*u8"}
     arguments |= {"smoothing": "fp32"}
     found = []
-    for axis, rows, columns in ((1, 1, _ROW_COLUMNS), (0, _COLUMNS, _COLUMNS)):
+    for axis, tile in _STATISTICS.items():
         for seed in (True, False):
-            constants: dict[str, object] = {"AXIS": axis, "BR": rows, "BC": columns}
+            constants: dict[str, object] = {**tile}
             if not seed:
                 constants["seed"] = None
             name = f"query_statistics {'rows' if axis else 'columns'}{' draws' * seed}"
@@ -537,8 +542,9 @@ def variants(arch: int, dtype: torch.dtype) -> list[Variant]:
         found.append(
             Variant(f"query_similarity {name}", query_similarity, dtype, None, arguments, constants)
         )
-        constants = _gradient_constants(config, padded, dtype)
-        for kernel, out in ((query_gradient, features), (text_gradient, "*fp32")):
+        kernels = (query_gradient, features), (text_gradient, "*fp32")
+        for (kernel, out), texts in zip(kernels, _gradient_rows(dtype), strict=True):
+            constants = _gradient_constants(padded, dtype, texts)
             found.append(
                 Variant(f"{kernel.__name__} {name}", kernel, dtype, None,
                         arguments | {"out": out}, constants)
