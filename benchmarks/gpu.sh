@@ -33,28 +33,33 @@ step build 60 env MMKERN_BUILD=auto "$python" setup.py build_ext --inplace
 step info 30 "$python" -m mmkern.cli info
 
 # Operators on CUDA in every dtype, then the launchers' corners (bands, redone programs, NaN).
-step operators 70 $(pytest tests/ops/test_info_nce.py tests/ops/test_sigmoid_contrastive.py) -k cuda
-step kernels 40 $(pytest tests/ops/triton_kernels.py)
+step operators 60 $(pytest tests/ops/test_info_nce.py tests/ops/test_sigmoid_contrastive.py) -k cuda
+step kernels 30 $(pytest tests/ops/triton_kernels.py)
 step head 40 $(pytest tests/ops/test_linear_cross_entropy.py) -k cuda
 step attention 40 $(pytest tests/ops/test_attention.py tests/ops/triton_attention.py) \
   -k "cuda or not (reference or cpp)"
+step query 30 $(pytest tests/ops/test_query_info_nce.py) -k cuda
 
 # Reads and writes out of bounds, and races, on sizes that are no multiple of a tile.
 small="one_by_one or output_mask or (tiles and large-descriptors)"
 for tool in memcheck racecheck; do
-  step $tool 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+  step $tool 30 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     compute-sanitizer --tool $tool --error-exitcode 9 $(pytest tests/ops/triton_kernels.py) -k "$small"
-  step $tool-attention 20 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+  step $tool-attention 15 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     compute-sanitizer --tool $tool --error-exitcode 9 $(pytest tests/ops/triton_attention.py) \
     -k "random_intervals or readers_with or nan_reaches or (every_tile and 16)"
+  step $tool-query 15 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    compute-sanitizer --tool $tool --error-exitcode 9 $(pytest tests/ops/test_query_info_nce.py) \
+    -k "cuda and (no_negative or (sizes and (33 or 20)))"
 done
 
 # Calibrates first. --seconds bounds the rounds of a case; 1,048,576 pairs are ours alone.
 bench="--device cuda --record --results $out --seconds 0.5"
-step benchmarks 80 $(pytest benchmarks) $bench --sizes "$sizes" -k "not float32 and not attention"
-step bench-attention 40 $(pytest benchmarks/ops/attention.py) $bench -k "not float32"
+step benchmarks 60 $(pytest benchmarks) $bench --sizes "$sizes" -k "not float32 and not attention and not query"
+step bench-attention 30 $(pytest benchmarks/ops/attention.py) $bench -k "not float32"
 step head-benchmarks 30 $(pytest benchmarks/ops/linear_cross_entropy.py) $bench -k "bfloat16"
-step million 40 $(pytest benchmarks/ops/info_nce.py) $bench -k "1048576"
+step bench-query 20 $(pytest benchmarks/ops/query_info_nce.py) $bench -k "bfloat16 and not 32768"
+step million 30 $(pytest benchmarks/ops/info_nce.py) $bench -k "1048576"
 
-grep -h -A 200 'time, memory and error' "$out"/{benchmarks,bench-attention,head-benchmarks,million}.log 2>/dev/null
+grep -h -A 200 'time, memory and error' "$out"/{benchmarks,bench-attention,head-benchmarks,bench-query,million}.log 2>/dev/null
 exit $failed

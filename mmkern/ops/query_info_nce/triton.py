@@ -30,7 +30,7 @@ _WEIGHT_ROWS, _WEIGHT_COLUMNS = 16, 128
 
 _HALF = Config(128, 128, 64, warps=8, stages=3, descriptors=False, flatten=False)
 _SINGLE = Config(64, 64, 32, warps=4, stages=3, descriptors=False, flatten=False)
-_INTEGERS = ["images", "texts", "queries", "first", "offset", "chunk_images", "count"]
+_INTEGERS = [*("images", "texts", "queries", "first", "offset", "chunk_images", "count", "columns")]
 
 
 @triton.jit
@@ -514,39 +514,33 @@ def query_info_nce_bwd(
 
 def variants(arch: int, dtype: torch.dtype) -> list[Variant]:
     """What this module asks Triton to compile for one architecture and dtype, at one, 32 (BLIP-2's)
-    and 256 queries."""
+    and 256 queries. Without draws and detached columns kernels lose code only."""
     features = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
     arguments = dict.fromkeys(("rows", "text", "weight", "row_weight", "column_weight"), features)
     arguments |= dict.fromkeys(("dots", "scale", "stats", "keys", "sums", "factor"), "*fp32")
     arguments |= {"ids": "*i64", "seed": "*i64", "draws": "*i64", "best": "*u8"}
-    arguments |= {"smoothing": "fp32"}
-    found = []
-    for axis, tile in _STATISTICS.items():
-        for seed in (True, False):
-            constants: dict[str, object] = {**tile}
-            if not seed:
-                constants["seed"] = None
-            name = f"query_statistics {'rows' if axis else 'columns'}{' draws' * seed}"
-            found.append(Variant(name, query_statistics, dtype, None, arguments, constants))
-    loss = arguments | {"out": "*fp32"}
-    found.append(Variant("query_loss", query_loss, dtype, None, loss, {"B": 1024}))
-    shift = _triton.weight_shift(dtype)
-    for detach in (False, True):
-        constants = {"DETACH": detach, "SHIFT": shift, "BR": _WEIGHT_ROWS, "BC": _WEIGHT_COLUMNS}
-        name = f"query_weights{' detached' * detach}"
-        found.append(Variant(name, query_weights, dtype, None, arguments, constants))
+    arguments |= {"smoothing": "fp32", "out": "*fp32"}
+
+    def variant(kernel: object, name: str, constants: dict[str, object], **types: str) -> Variant:
+        return Variant(name, kernel, dtype, None, arguments | types, constants)
+
+    weights = {"DETACH": True, "SHIFT": _triton.weight_shift(dtype)}
+    weights |= {"BR": _WEIGHT_ROWS, "BC": _WEIGHT_COLUMNS}
+    found = [
+        variant(query_statistics, "query_statistics rows", {**_STATISTICS[1]}),
+        variant(query_statistics, "query_statistics columns", {**_STATISTICS[0]}),
+        variant(query_loss, "query_loss", {"B": 1024}),
+        variant(query_weights, "query_weights", weights),
+    ]
     for queries in (1, 32, 256):
         config, padded = _config(dtype, queries)
         constants = _constants(config, padded, dtype) | {"BK": config.block_k}
-        name = f"{queries} {config.name}"
-        found.append(
-            Variant(f"query_similarity {name}", query_similarity, dtype, None, arguments, constants)
-        )
-        kernels = (query_gradient, features), (text_gradient, "*fp32")
-        for (kernel, out), texts in zip(kernels, _gradient_rows(dtype), strict=True):
-            constants = _gradient_constants(padded, dtype, texts)
-            found.append(
-                Variant(f"{kernel.__name__} {name}", kernel, dtype, None,
-                        arguments | {"out": out}, constants)
-            )  # fmt: skip
+        found.append(variant(query_similarity, f"query_similarity {queries}", constants))
+        if padded == 256:
+            continue  # in the gradients' kernels a number to divide by
+        of_queries, of_text = (_gradient_constants(padded, dtype, n) for n in _gradient_rows(dtype))
+        found += [
+            variant(query_gradient, f"query_gradient {queries}", of_queries, out=features),
+            variant(text_gradient, f"text_gradient {queries}", of_text),
+        ]
     return found
