@@ -50,6 +50,12 @@ struct Draw {
   int64_t offset;
 };
 
+template <class T>
+struct Weighting {
+  T scale, kept, spread;  // kept: 1 - ε; spread: ε / M
+  T constant, factor;     // of the scale's gradient, and of the others
+};
+
 // Softmax of one row or column in the backward: exp(S - top) · inverse. See _weights of the
 // specification.
 template <class T>
@@ -68,9 +74,9 @@ struct Direction {
     miss = missed / all;
   }
 
-  T of_positive(T logit, T kept) const {
+  T of_positive(T logit, const Weighting<T>& w) const {
     const T e = std::exp(logit - top_positive) * inverse_positives;
-    return (e - kept / number) - e * miss;
+    return (e - (w.kept / number + w.spread)) - e * miss;
   }
 };
 
@@ -79,12 +85,6 @@ struct Directions {
   const T *top, *inverse;  // padded with zeros
   const Direction<T>* all;
   const Direction<T>& at(int64_t j) const { return all[j]; }
-};
-
-template <class T>
-struct Weighting {
-  T scale, kept, spread;  // kept: 1 - ε; spread: ε / M
-  T constant, factor;     // of the scale's gradient, and of the others
 };
 
 // One instruction set's kernels: sums in T; gradients read features in X, which is T or bf16's bits.

@@ -311,10 +311,10 @@ CALL T weights(const T* dots, int64_t count, Span positives, const Direction<T>&
   T sum = total<T>(sums);
   for (const int64_t j : positives) {
     const T logit = dots[j] * w.scale;
-    const T a = r.of_positive(logit, w.kept), b = c.at(j).of_positive(logit, w.kept);
-    sum += (a + b) * dots[j];
-    row[j] += (column ? a : a + b) * w.factor;
-    if (column) column[j] += b * w.factor;
+    const T a = r.of_positive(logit, w), b = c.at(j).of_positive(logit, w);
+    sum += (a + b + 2 * w.spread) * dots[j];  // the spread has been subtracted above
+    row[j] = (column ? a : a + b) * w.factor;
+    if (column) column[j] = b * w.factor;
   }
   return sum;
 }

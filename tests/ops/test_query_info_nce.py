@@ -123,7 +123,7 @@ def test_large_sizes(
 
 
 def test_packed_tiles_anywhere(backend: str):
-    """The bf16 tiles of processors with bf16 hardware, packing and padding included, hold on any."""
+    """Packing and padding for bf16 hardware, on any machine: a plain loop stands in for it."""
     if backend != "cpp":
         pytest.skip("about the C++ kernels")
     extension = importlib.import_module("mmkern._C")
@@ -162,11 +162,11 @@ def test_one_pair(backend: str, device: str):
     """A batch of one has no negative: exact zeros, and -1 where a negative was asked for."""
     queries, text = pairs(1, 32, 8, device=device)
     scale = torch.tensor(100.0, device=device)
-    for value in value_and_gradients(ours, queries, text, scale):
-        assert torch.count_nonzero(value) == 0
+    for smoothing in (0.0, 0.1):
+        for value in value_and_gradients(ours, queries, text, scale, label_smoothing=smoothing):
+            assert torch.count_nonzero(value) == 0
     result = ops.query_info_nce(queries, text, scale, label_smoothing=0.1, negatives_seed=3)
     assert result.negative_images.tolist() == result.negative_texts.tolist() == [-1]
-    assert result.loss.abs() < 1e-5
 
 
 def test_one_query_is_info_nce(backend: str, device: str):

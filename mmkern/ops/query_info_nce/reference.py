@@ -172,17 +172,17 @@ def _weights(
 ) -> Tensor:
     """softmax - P of one direction.
 
-    That of a positive is (e - share) - e · miss, with e its softmax among the positives and miss
-    the probability of all negatives: with one positive e is 1, and nothing cancels.
+    That of a positive is (e - P) - e · miss, with e its softmax among the positives and miss the
+    probability of all negatives: with one positive e is 1, and nothing cancels.
     """
     top_negative, negatives, top_positive, positives, _, number, _ = stats.unbind()
     top = torch.maximum(top_negative, top_positive)
     negatives = negatives * (top_negative - top).exp()
     total = negatives + positives * (top_positive - top).exp()
     e = (logits - top_positive).exp() / positives
-    of_positive = (e - (1 - smoothing) / number) - e * (negatives / total)
-    of_negative = (logits - top).exp() / total
-    return torch.where(positive, of_positive, of_negative) - smoothing / texts
+    of_positive = (e - ((1 - smoothing) / number + smoothing / texts)) - e * (negatives / total)
+    of_negative = (logits - top).exp() / total - smoothing / texts
+    return torch.where(positive, of_positive, of_negative)
 
 
 def _similarity(queries: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:

@@ -240,9 +240,9 @@ def softmax_less_target(x, positive, most, inverse, positive_top, inverse_positi
                         smoothing, spread):  # fmt: skip
     """softmax - P; `_weights` of the specification says why in this form."""
     e = tl.exp2((x - positive_top) * LOG2E) * inverse_positives
-    of_positive = (e - (1.0 - smoothing) / number) - e * miss
-    of_negative = tl.exp2((x - most) * LOG2E) * inverse
-    return tl.where(positive, of_positive, of_negative) - spread
+    of_positive = (e - ((1.0 - smoothing) / number + spread)) - e * miss
+    of_negative = tl.exp2((x - most) * LOG2E) * inverse - spread
+    return tl.where(positive, of_positive, of_negative)
 
 
 @triton.jit(do_not_specialize=[*_INTEGERS, "smoothing"])
