@@ -304,7 +304,8 @@ CALL T weights(const T* dots, int64_t count, Span positives, const Direction<T>&
     const V<T> logits = load(x + j);
     const V<T> a = exponential(logits - r.top) * r.inverse - w.spread;
     const V<T> b = exponential(logits - load(c.top + j)) * load(c.inverse + j) - w.spread;
-    sums += (a + b) * load(dots + j);
+    // Positives come below: taking the spread back from a sum would leave its rounding.
+    sums += logits == -kInf<T> ? V<T>{} : (a + b) * load(dots + j);
     store(row + j, (column ? a : a + b) * w.factor);
     if (column) store(column + j, b * w.factor);
   }
@@ -312,7 +313,7 @@ CALL T weights(const T* dots, int64_t count, Span positives, const Direction<T>&
   for (const int64_t j : positives) {
     const T logit = dots[j] * w.scale;
     const T a = r.of_positive(logit, w), b = c.at(j).of_positive(logit, w);
-    sum += (a + b + 2 * w.spread) * dots[j];  // the spread has been subtracted above
+    sum += (a + b) * dots[j];
     row[j] = (column ? a : a + b) * w.factor;
     if (column) column[j] = b * w.factor;
   }
