@@ -102,7 +102,7 @@ def _measure_emoji_matching(directory: Path, recipe: Recipe, model: Any) -> dict
     from mmkern.eval import emoji_matching
     from mmkern.train.batches import build_collator, image_size
 
-    options = _emoji_options(recipe, {"vendors", "rerank", "pictures"})
+    options = _emoji_options(recipe, {"vendors", "rerank", "contrast_weight", "pictures"})
     return emoji_matching.evaluate(
         model,
         build_collator(recipe, model, test=True),
@@ -123,7 +123,8 @@ def _measure_matching(directory: Path, recipe: Recipe, model: Any) -> dict[str, 
     from mmkern.train.batches import build_data
 
     options = recipe.evaluation.options
-    _check_options(options, {"path", "pairs", "rerank"}, "pairs, stored as the training data is")
+    allowed = {"path", "pairs", "rerank", "contrast_weight"}
+    _check_options(options, allowed, "pairs, stored as the training data is")
     source = dataclasses.replace(recipe.data, path=options["path"], augment=None)
     pairs = build_data(dataclasses.replace(recipe, data=source), model)
     loader = DataLoader(pairs.dataset, recipe.evaluation.batch_size, collate_fn=pairs.collator)
@@ -136,8 +137,9 @@ def _measure_matching(directory: Path, recipe: Recipe, model: Any) -> dict[str, 
             break
     tokens, ids, mask, groups = (torch.cat(part)[:limit] for part in zip(*batches, strict=True))
     match = groups[:, None] == groups[None]
-    rerank = options.get("rerank", 128)
-    found = retrieve(model, tokens, ids, mask, match, rerank, recipe.evaluation.batch_size)
+    again = {key: options[key] for key in ("rerank", "contrast_weight") if key in options}
+    size = recipe.evaluation.batch_size
+    found = retrieve(model, tokens, ids, mask, match, batch_size=size, **again)
     rows = {f"{how}_{k}": v for how, scores in found.items() for k, v in scores.items()}
     return {"retrieval": rows, "retrieval_pairs": len(tokens)}
 

@@ -29,6 +29,7 @@ def evaluate(
     vendors: Sequence[str],
     template: str,
     rerank: int = 16,
+    contrast_weight: float = 1.0,
     pictures: int | None = None,
     batch_size: int = 128,
     progress: Any = None,
@@ -41,7 +42,8 @@ def evaluate(
         size: edge of the pictures.
         vendors: to test.
         template: the names' prompt.
-        rerank: the candidates of each query that matching scores again.
+        rerank, contrast_weight: the candidates of each query that matching scores again, and the
+            weight of the contrastive score beside it.
         pictures: how many, a fixed random choice; None is all.
         batch_size: pictures, or pairs, at once.
         progress: called with a line of text before each part.
@@ -56,12 +58,20 @@ def evaluate(
             order = permutation(0, 0, len(view), Stream.QUESTION)[:pictures]
             view = view.subset(torch.from_numpy(order))
         say(f"retrieval on {VENDOR_TITLES[vendor]}, {len(view)} pictures")
-        found[VENDOR_TITLES[vendor]] = _vendor(model, collator, view, template, rerank, batch_size)
+        found[VENDOR_TITLES[vendor]] = _vendor(
+            model, collator, view, template, rerank, contrast_weight, batch_size
+        )
     return {"vendors": [VENDOR_TITLES[v] for v in vendors], "retrieval": found, "rerank": rerank}
 
 
 def _vendor(
-    model: Any, collator: Any, view: EmojiView, template: str, rerank: int, batch_size: int
+    model: Any,
+    collator: Any,
+    view: EmojiView,
+    template: str,
+    rerank: int,
+    contrast_weight: float,
+    batch_size: int,
 ) -> dict[str, Any]:
     pixels = collator.transform.batch(view.pictures, sample_keys(0, 0, range(len(view))))
     tokens = torch.cat(
@@ -86,6 +96,7 @@ def _vendor(
             texts["attention_mask"],
             match,
             rerank,
+            contrast_weight,
             batch_size,
             KS,
         ),

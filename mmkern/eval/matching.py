@@ -21,6 +21,7 @@ def retrieve(
     attention_mask: Tensor,
     match: Tensor,
     rerank: int = 128,
+    contrast_weight: float = 1.0,
     batch_size: int = 128,
     ks: Sequence[int] = (1, 5),
 ) -> dict[str, dict[str, float]]:
@@ -32,6 +33,7 @@ def retrieve(
         input_ids, attention_mask: [M, T].
         match: [N, M] bool, which text is right for which picture.
         rerank: candidates of each query that matching scores again.
+        contrast_weight: of the cosine beside the match logit, as ``model.rerank`` has it.
         batch_size: pictures, texts, or pairs, at once.
         ks: the k of "R@k".
     """
@@ -40,7 +42,15 @@ def retrieve(
     rows = zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True)
     text = torch.cat([model.text_features(i.to(device), m.to(device)) for i, m in rows])
     scores = model.itc_scores(image, text).cpu()
-    again = model.rerank(scores, tokens, input_ids, attention_mask, k=rerank, batch_size=batch_size)
+    again = model.rerank(
+        scores,
+        tokens,
+        input_ids,
+        attention_mask,
+        k=rerank,
+        contrast_weight=contrast_weight,
+        batch_size=batch_size,
+    )
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
     return {
         "contrast": recall_from_scores(scores, scores, match, ks),

@@ -108,12 +108,13 @@ class Blip2Retrieval(Blip2Base):
         attention_mask: Tensor | None = None,
         *,
         k: int = 128,
+        contrast_weight: float = 1.0,
         batch_size: int = 128,
     ) -> tuple[Tensor, Tensor]:
         """Score again, by matching, the k best texts of each image and images of each text.
 
-        A pair's final score is its match logit plus its contrastive score (LAVIS's evaluation);
-        pairs outside the k best get -100. A pair that is among the best of both sides is computed
+        A pair's final score is its match logit plus ``contrast_weight`` times its contrastive score
+        (1: LAVIS's evaluation); pairs outside the k best get -inf. A pair that is among the best of both sides is computed
         once, and an image's keys and values once for all its texts.
 
         Args:
@@ -121,6 +122,9 @@ class Blip2Retrieval(Blip2Base):
             image: tokens [N, L, W] from :meth:`encode_image`, on any device.
             input_ids, attention_mask: [M, T].
             k: texts of an image, and images of a text, to compute.
+            contrast_weight: of the cosine. Negatives are drawn by ``exp(cosine / τ)``, so matching
+                learns how much likelier a pair is than contrast alone has it: the weight 1/τ adds
+                the two up to the likelihood of the pair (noise-contrastive estimation).
             batch_size: texts in a pass.
 
         Returns:
@@ -141,7 +145,7 @@ class Blip2Retrieval(Blip2Base):
         best[0].scatter_(1, scores.topk(min(k, texts), 1).indices, True)
         best[1].scatter_(0, scores.topk(min(k, images), 0).indices, True)
         device = self.temp.device
-        final = scores.clone()
+        final = contrast_weight * scores
         for i in range(images):
             wanted = (best[0][i] | best[1][i]).nonzero()[:, 0]
             if not len(wanted):
@@ -152,7 +156,7 @@ class Blip2Retrieval(Blip2Base):
                 mask = None if attention_mask is None else attention_mask[part].to(device)
                 logits = self.itm_logits(keys_values, input_ids[part].to(device), mask)
                 final[i, part.to(final.device)] += logits[:, 1].to(final)
-        image_to_text, text_to_image = (final.masked_fill(~chosen, -100.0) for chosen in best)
+        image_to_text, text_to_image = (final.masked_fill(~chosen, -torch.inf) for chosen in best)
         return image_to_text, text_to_image
 
     def _match(

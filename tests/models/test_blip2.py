@@ -285,14 +285,15 @@ def test_retrieval_scores() -> None:
         one = model.itm_logits(image, **text)[:, 1]
     torch.testing.assert_close(one, pairs.diagonal(), **close)
     torch.testing.assert_close(out.itm_logits[:5, 1], one, **close)
-    for k in (2, 9):
-        i2t, t2i = model.rerank(scores, image, **text, k=k, batch_size=2)
+    for k, weight in ((2, {}), (9, {"contrast_weight": 7.0})):
+        i2t, t2i = model.rerank(scores, image, **text, k=k, batch_size=2, **weight)
+        total = pairs + weight.get("contrast_weight", 1.0) * scores
         kept = scores.topk(min(k, 5), 1).indices
         mask = torch.zeros(5, 5, dtype=torch.bool).scatter(1, kept, True)
-        torch.testing.assert_close(i2t, torch.where(mask, pairs + scores, -100.0), **close)
+        torch.testing.assert_close(i2t, torch.where(mask, total, -torch.inf), **close)
         kept = scores.topk(min(k, 5), 0).indices
         mask = torch.zeros(5, 5, dtype=torch.bool).scatter(0, kept, True)
-        torch.testing.assert_close(t2i, torch.where(mask, pairs + scores, -100.0), **close)
+        torch.testing.assert_close(t2i, torch.where(mask, total, -torch.inf), **close)
 
 
 def test_images_are_projected_once_in_reranking() -> None:
