@@ -115,6 +115,10 @@ def _cpu() -> tuple[str, str]:
     text = info.read_text() if info.exists() else ""
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     name = found.group(1) if found else platform.processor() or platform.machine()
+    # Virtual machines hide the model's number: "AMD EPYC" is four generations.
+    for what in ("cpu family", "model"):
+        if number := re.search(rf"^{what}\s*:\s*(\d+)$", text, re.MULTILINE):
+            name += f" {what.split()[-1]} {number.group(1)}"
     known = re.search(r"^flags\s*:(.+)$", text, re.MULTILINE)
     flags = known.group(1).split() if known else []
     capability = torch.backends.cpu.get_cpu_capability()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton
@@ -107,6 +107,27 @@ def pick(image: Tensor, text: Tensor) -> Config:
     large, small = configs(capability(image), image.dtype)
     tiles = triton.cdiv(image.shape[0], large.block_m) * triton.cdiv(text.shape[0], large.block_n)
     return large if tiles >= _LARGE_TILES else small
+
+
+class Tile(NamedTuple):
+    """A plain product: [m, n] results in steps of k."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    def constants(self, dtype: torch.dtype) -> dict[str, object]:
+        return {
+            "BM": self.m,
+            "BN": self.n,
+            "BK": self.k,
+            # An fp32 tensor core product would be TF32's: 10 bits of mantissa.
+            "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
 
 
 @dataclass(frozen=True)

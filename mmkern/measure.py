@@ -153,6 +153,8 @@ def _measure_emoji_answers(directory: Path, recipe: Recipe, model: Any) -> dict[
     if not trained:
         options = _emoji_options(recipe, {"vendors", "pictures", "candidates"})
         answerer = _answerer(recipe, model)
+        # What a model was not taught to name says nothing of how well it was taught.
+        options = {"categories": recipe.data.options.get("categories"), **options}
         return emoji_answers.evaluate_captions(answerer, size, progress=_say, **options)
     options = _emoji_options(recipe, {"vendors", "kinds", "questions_each"})
     answerer = _answerer(recipe, model)

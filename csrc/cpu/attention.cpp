@@ -255,9 +255,9 @@ using Run = void (*)(const Problem&, int64_t begin, int64_t end);
 }  // namespace
 }  // namespace mmkern
 
-#define ATTENTION_ISA attention_base
-#define ATTENTION_TARGET
-#define ATTENTION_BYTES 16
+#define VECTOR_ISA attention_base
+#define VECTOR_TARGET
+#define VECTOR_BYTES 16
 #define ATTENTION_PAIRS 0
 #if defined(__x86_64__)
 #define ATTENTION_REGISTER "x"
@@ -266,36 +266,36 @@ using Run = void (*)(const Problem&, int64_t begin, int64_t end);
 #endif
 #include "attention_tiles.h"
 #include "attention_kernels.h"
-#undef ATTENTION_ISA
-#undef ATTENTION_TARGET
-#undef ATTENTION_BYTES
+#undef VECTOR_ISA
+#undef VECTOR_TARGET
+#undef VECTOR_BYTES
 
 #if defined(__x86_64__)
-#define ATTENTION_ISA attention_avx2
-#define ATTENTION_TARGET __attribute__((target("avx2,fma")))
-#define ATTENTION_BYTES 32
+#define VECTOR_ISA attention_avx2
+#define VECTOR_TARGET __attribute__((target("avx2,fma")))
+#define VECTOR_BYTES 32
 #include "attention_tiles.h"
 #include "attention_kernels.h"
-#undef ATTENTION_ISA
-#undef ATTENTION_TARGET
-#undef ATTENTION_BYTES
+#undef VECTOR_ISA
+#undef VECTOR_TARGET
+#undef VECTOR_BYTES
 #undef ATTENTION_PAIRS
 
 #undef ATTENTION_REGISTER
 #define ATTENTION_REGISTER "v"
-#define ATTENTION_ISA attention_avx512
-#define ATTENTION_TARGET \
+#define VECTOR_ISA attention_avx512
+#define VECTOR_TARGET \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")))
-#define ATTENTION_BYTES 64
+#define VECTOR_BYTES 64
 #define ATTENTION_PAIRS 0
 #include "attention_tiles.h"
 #include "attention_kernels.h"
-#undef ATTENTION_ISA
-#undef ATTENTION_TARGET
+#undef VECTOR_ISA
+#undef VECTOR_TARGET
 #undef ATTENTION_PAIRS
 
-#define ATTENTION_ISA attention_pairs
-#define ATTENTION_TARGET \
+#define VECTOR_ISA attention_pairs
+#define VECTOR_TARGET \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,prefer-vector-width=512")))
 #define ATTENTION_PAIRS 1
 #include "attention_tiles.h"

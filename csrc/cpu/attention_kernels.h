@@ -5,7 +5,7 @@
 // over keys need no shuffles then, intervals are four vectors, and keys are skipped one by one. A
 // band is LANES query rows; its scores exist whole, in a buffer of the thread.
 
-namespace mmkern::ATTENTION_ISA {
+namespace mmkern::VECTOR_ISA {
 
 // A tensor's rows for one head as operands of a product.
 template <class T>
@@ -420,7 +420,7 @@ CALL void backward(const Problem& p, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace mmkern::ATTENTION_ISA
+}  // namespace mmkern::VECTOR_ISA
 
 #undef FN
 #undef CALL

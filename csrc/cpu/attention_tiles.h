@@ -1,49 +1,14 @@
-// Vectors, products and transposes of attention, included by attention.cpp once for each instruction set. Every
-// function carries the set's target attribute: GCC splits vectors too wide for a function's target
-// before it inlines, so wide code in a function without it would be narrow.
+// Products and transposes of attention, included by attention.cpp once for each instruction set.
 //
-// No include guard. The includer defines ATTENTION_ISA (a namespace), ATTENTION_TARGET,
-// ATTENTION_BYTES (of a vector) and ATTENTION_PAIRS (1 for avx512_bf16).
+// No include guard. The includer defines what vectors.h asks for, ATTENTION_PAIRS (1 for
+// avx512_bf16) and ATTENTION_REGISTER (the constraint of a vector in assembly).
 
-#define FN inline __attribute__((always_inline)) ATTENTION_TARGET
-#define CALL __attribute__((noinline)) ATTENTION_TARGET
+namespace mmkern::VECTOR_ISA {
 
-namespace mmkern::ATTENTION_ISA {
+#include "vectors.h"
 
-template <class T>
-constexpr int W = ATTENTION_BYTES / sizeof(T);
 template <class T>
 constexpr int LANES = 2 * W<T>;
-
-template <class T>
-struct Of {
-  typedef T V __attribute__((vector_size(ATTENTION_BYTES)));
-  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Int;
-  typedef Int I __attribute__((vector_size(ATTENTION_BYTES)));
-  typedef uint32_t U __attribute__((vector_size(ATTENTION_BYTES / sizeof(T) * 4)));
-  typedef int32_t S __attribute__((vector_size(ATTENTION_BYTES / sizeof(T) * 4)));
-};
-template <class T>
-using V = typename Of<T>::V;
-template <class T>
-using I = typename Of<T>::I;
-template <class T>
-using U = typename Of<T>::U;
-
-template <class T>
-FN V<T> load(const T* p) {
-  V<T> v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-template <class X, class T>
-FN void store(T* p, X v) {
-  __builtin_memcpy(p, &v, sizeof v);
-}
-template <class T>
-FN V<T> fill(T x) {
-  return x - V<T>{};
-}
 
 // e^(x - reference), 1 if they are equal; 0 where it would be subnormal. NaN stays.
 template <class T>
@@ -54,7 +19,7 @@ FN V<T> exponential(V<T> x, V<T> reference) {
     return x;
   } else {
     // 2^n · 2^r, n + r = x log2(e), |r| <= 1/2.
-#if ATTENTION_BYTES == 64
+#if VECTOR_BYTES == 64
     const __m512 y = _mm512_max_ps(_mm512_set1_ps(-150.f), (__m512)x);
     const __m512 n = _mm512_roundscale_ps((__m512)((V<T>)y * float(LOG2E)),
                                           _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -71,7 +36,7 @@ FN V<T> exponential(V<T> x, V<T> reference) {
     p = p * r + 2.402264791e-1f;
     p = p * r + 6.931472029e-1f;
     p = p * r + 1.f;
-#if ATTENTION_BYTES == 64
+#if VECTOR_BYTES == 64
     return (V<T>)_mm512_scalef_ps((__m512)p, n);
 #else
     const I<T> n = (I<T>)shifted - 0x4b400000;
@@ -196,7 +161,7 @@ template <class P, int N>
 FN void score_product(Ahead& ahead, int64_t keys, int64_t depth, const typename P::A* a, int64_t as,
                       const typename P::A* b, typename P::T* c) {
   constexpr int64_t L = LANES<typename P::T>;
-  panel<P, false, false, ATTENTION_BYTES == 64 ? 8 : 4, N>(ahead, keys, depth, a, as, b, L, c, L);
+  panel<P, false, false, VECTOR_BYTES == 64 ? 8 : 4, N>(ahead, keys, depth, a, as, b, L, c, L);
 }
 
 // Products [rows, width], `vectors` wide.
@@ -205,7 +170,7 @@ FN void width_product(Ahead& ahead, int64_t vectors, int64_t rows, int64_t depth
                       int64_t as, const typename P::A* b, int64_t bs, typename P::T* c,
                       int64_t cs) {
   constexpr int64_t w = W<typename P::T>;
-#if ATTENTION_BYTES == 64
+#if VECTOR_BYTES == 64
   for (; vectors >= 4; vectors -= 4, b += 4 * w, c += 4 * w) {
     panel<P, BY_COLUMN, ADD, 4, 4>(ahead, rows, depth, a, as, b, bs, c, cs);
   }
@@ -318,8 +283,8 @@ FN void finish(const T* from, T factor, E* to, int64_t count) {
 // Dropout's two words for each row of a band.
 template <class T>
 FN void row_words(const Problem& p, int64_t b, int64_t h, int64_t row, uint32_t* k0, uint32_t* k1) {
-  constexpr int n = ATTENTION_BYTES / 8;
-  typedef uint64_t Q __attribute__((vector_size(ATTENTION_BYTES)));
+  constexpr int n = VECTOR_BYTES / 8;
+  typedef uint64_t Q __attribute__((vector_size(VECTOR_BYTES)));
   for (int lane = 0; lane < LANES<T>; lane += n) {
     Q c0, c1 = Q{} + uint64_t(h), c2 = Q{} + uint64_t(b), c3{};
     for (int k = 0; k < n; ++k) c0[k] = uint32_t(row + lane + k);
@@ -353,4 +318,4 @@ FN I<T> kept(U<T> word, int64_t key, uint32_t threshold) {
   return __builtin_convertvector((typename Of<T>::S)(draw >= (threshold << 16)), I<T>);
 }
 
-}  // namespace mmkern::ATTENTION_ISA
+}  // namespace mmkern::VECTOR_ISA

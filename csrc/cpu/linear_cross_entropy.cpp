@@ -195,9 +195,9 @@ class Backward {
     weights_ = at::empty({p_.workers, VOCABULARY, DEPTH}, p_.options());
     if (wanted_[0]) {
       d_rows_ = at::empty({p_.padded, width}, p_.options(true));
-      rows_ = large_pages(at::empty({band_rows, chunk_}, p_.options()));
+      rows_ = at::empty({band_rows, chunk_}, p_.options());
       if (PAIR<T> > 1) {
-        pairs_ = large_pages(at::empty({chunk, VOCABULARY, width}, p_.options()));
+        pairs_ = at::empty({chunk, VOCABULARY, width}, p_.options());
       }
     }
     if (wanted_[1]) {
@@ -404,7 +404,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_
     at::Tensor negatives = at::full({count}, -kInf<A>, p.options(true));
     at::Tensor positives = at::zeros({count}, p.options(true));
     at::Tensor means = at::zeros({mean ? count : 0}, p.options(true));
-    const at::Tensor bytes = large_pages(at::empty({kept_bytes}, at::kByte));
+    const at::Tensor bytes = at::empty({kept_bytes}, at::kByte);
     if (p.rows > 0) {
       const Kept<T> kept(p, bytes);
       std::vector<A> labelled(p.rows);
@@ -445,7 +445,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_bwd(
     const auto make = [&](bool want, at::IntArrayRef sizes, at::ScalarType dtype) {
       const auto options = at::TensorOptions().dtype(dtype);
       if (!want) return at::empty({0}, options);
-      return p.rows > 0 ? large_pages(at::empty(sizes, options)) : at::zeros(sizes, options);
+      return p.rows > 0 ? at::empty(sizes, options) : at::zeros(sizes, options);
     };
     const auto dtype = hidden.scalar_type();
     at::Tensor d_hidden = wanted[0] ? at::zeros(hidden.sizes(), dtype) : at::empty({0}, dtype);

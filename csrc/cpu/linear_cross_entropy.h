@@ -8,9 +8,6 @@
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <bit>
@@ -117,19 +114,6 @@ struct Weighted {
     }
   }
 };
-
-// Large pages for what is about to be filled, where the system leaves that to programs: a fault for
-// every 4 KiB costs more than the products read from it.
-inline at::Tensor large_pages(at::Tensor t) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t PAGE = 2 << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr());
-  const uintptr_t first = (begin + PAGE - 1) / PAGE * PAGE;
-  const uintptr_t last = (begin + t.nbytes()) / PAGE * PAGE;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return t;
-}
 
 // The labelled rows, and the vocabulary they meet.
 template <class T>

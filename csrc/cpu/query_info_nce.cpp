@@ -28,19 +28,19 @@
 #include "simd.h"
 #include "tiles.h"
 
-#define QUERY_ISA query_base
-#define QUERY_TARGET
-#define QUERY_BYTES 16
+#define VECTOR_ISA query_base
+#define VECTOR_TARGET
+#define VECTOR_BYTES 16
 #include "query_info_nce_kernels.h"
 #if defined(__x86_64__)
-#define QUERY_ISA query_avx2
-#define QUERY_TARGET __attribute__((target("avx2,fma")))
-#define QUERY_BYTES 32
+#define VECTOR_ISA query_avx2
+#define VECTOR_TARGET __attribute__((target("avx2,fma")))
+#define VECTOR_BYTES 32
 #include "query_info_nce_kernels.h"
-#define QUERY_ISA query_avx512
-#define QUERY_TARGET \
+#define VECTOR_ISA query_avx512
+#define VECTOR_TARGET \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
-#define QUERY_BYTES 64
+#define VECTOR_BYTES 64
 #include "query_info_nce_kernels.h"
 #endif
 

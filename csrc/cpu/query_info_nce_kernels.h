@@ -1,48 +1,10 @@
-// What query_info_nce.cpp does on vectors, included once for each instruction set. Every function
-// carries the set's target attribute: GCC splits vectors too wide for a function's target before it
-// inlines, so wide code in a function without it would be narrow.
+// What query_info_nce.cpp does on vectors, included once for each instruction set.
 //
-// No include guard. The includer defines QUERY_ISA (a namespace), QUERY_TARGET and QUERY_BYTES.
+// No include guard. The includer defines what vectors.h asks for.
 
-#define FN inline __attribute__((always_inline)) QUERY_TARGET
-#define CALL __attribute__((noinline)) QUERY_TARGET
+namespace mmkern::VECTOR_ISA {
 
-namespace mmkern::QUERY_ISA {
-
-template <class T>
-constexpr int W = QUERY_BYTES / sizeof(T);
-
-template <class T>
-struct Of {
-  typedef T V __attribute__((vector_size(QUERY_BYTES)));
-  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Int;
-  typedef Int I __attribute__((vector_size(QUERY_BYTES)));
-  typedef uint32_t U __attribute__((vector_size(4 * W<T>)));
-  typedef uint64_t L __attribute__((vector_size(8 * W<T>)));
-  typedef uint16_t H __attribute__((vector_size(2 * W<T>)));
-  typedef uint8_t B __attribute__((vector_size(W<T>)));
-};
-template <class T>
-using V = typename Of<T>::V;
-template <class T>
-using I = typename Of<T>::I;
-template <class T>
-using U = typename Of<T>::U;
-
-template <class T>
-FN V<T> load(const T* p) {
-  V<T> v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-template <class X, class T>
-FN void store(T* p, X v) {
-  __builtin_memcpy(p, &v, sizeof v);
-}
-template <class T>
-FN V<T> fill(T x) {
-  return x - V<T>{};
-}
+#include "vectors.h"
 
 // NaN in `a` gives `b`: a running maximum b passes over NaN, which the sums then carry.
 template <class X>
@@ -112,14 +74,14 @@ FN V<double> logarithm(V<double> x) {
 
 template <class T>
 FN U<T> high_word(U<T> x, uint32_t factor) {
-#if QUERY_BYTES == 64
+#if VECTOR_BYTES == 64
   if constexpr (sizeof(T) == 4) {
     const __m512i f = _mm512_set1_epi32(static_cast<int>(factor));
     const __m512i even = _mm512_mul_epu32((__m512i)x, f);
     const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)x, 32), f);
     return (U<T>)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
   }
-#elif QUERY_BYTES == 32
+#elif VECTOR_BYTES == 32
   if constexpr (sizeof(T) == 4) {
     const __m256i f = _mm256_set1_epi32(static_cast<int>(factor));
     const __m256i even = _mm256_mul_epu32((__m256i)x, f);
@@ -393,10 +355,10 @@ template <class T, class X>
 constexpr Kernels<T, X> kernels{&reduce<T>,  &row_statistics<T>,    &column_statistics<T>,
                                 &weights<T>, &query_gradient<T, X>, &text_gradient<T, X>};
 
-}  // namespace mmkern::QUERY_ISA
+}  // namespace mmkern::VECTOR_ISA
 
 #undef FN
 #undef CALL
-#undef QUERY_ISA
-#undef QUERY_TARGET
-#undef QUERY_BYTES
+#undef VECTOR_ISA
+#undef VECTOR_TARGET
+#undef VECTOR_BYTES

@@ -161,6 +161,7 @@ class EmojiData:
         vendors: Iterable[str],
         *,
         without: Iterable[str] = (),
+        categories: Iterable[str] | None = None,
         reserve: Mapping[str, float] | None = None,
     ) -> EmojiView:
         """The pictures of some vendors, less those with the names ``without``.
@@ -168,6 +169,7 @@ class EmojiData:
         Args:
             vendors: of ``VENDORS``.
             without: names to leave out.
+            categories: the only ones to take; None is all.
             reserve: category -> share of its pictures to leave out, so that there are pictures of
                 these vendors to test on (``reserved_view``). Which ones depends on the picture.
 
@@ -175,6 +177,8 @@ class EmojiData:
             ValueError: an unknown vendor, name or category, no vendor, or a share outside [0, 1).
         """
         rows = self._rows(vendors, without) & ~self._reserved(reserve or {})
+        if categories is not None:
+            rows &= self._of_categories(set(categories))
         return EmojiView(self, rows.nonzero().view(-1))
 
     def reserved_view(self, vendors: Iterable[str], reserve: Mapping[str, float]) -> EmojiView:
@@ -198,6 +202,16 @@ class EmojiData:
         vendor_ok = torch.tensor([vendor in chosen for vendor in VENDORS])
         name_ok = torch.tensor([name not in left_out for name in self.names])
         return vendor_ok[self.vendor_ids] & name_ok[self.name_ids]
+
+    def _of_categories(self, chosen: set[str]) -> Tensor:
+        """bool [n]."""
+        if not chosen or not chosen <= set(self.categories):
+            raise ValueError(
+                f"EmojiData.view: categories must be among {self.categories}, got {sorted(chosen)}"
+            )
+        # The last is for names without a category, whose id is -1.
+        inside = torch.tensor([*(c in chosen for c in self.categories), False])
+        return inside[self.category_ids[self.name_ids]]
 
     def _reserved(self, reserve: Mapping[str, float]) -> Tensor:
         """bool [n]."""
@@ -223,9 +237,9 @@ class EmojiData:
             )
         return self.view(vendor for vendor in VENDORS if vendor not in held_out)
 
-    def test_view(self, vendor: str) -> EmojiView:
+    def test_view(self, vendor: str, categories: Iterable[str] | None = None) -> EmojiView:
         """One vendor, without the names whose picture every vendor shares."""
-        return self.view((vendor,), without=self.shared_names())
+        return self.view((vendor,), without=self.shared_names(), categories=categories)
 
 
 class EmojiView(EpochAware, Dataset[Sample]):

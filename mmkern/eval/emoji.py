@@ -33,6 +33,21 @@ VENDOR_TITLES = {
     "Wind": "Windows",
 }
 
+
+def check_vendors(vendors: Sequence[str], trained: Sequence[str]) -> None:
+    """``evaluation.options.vendors`` must be vendors, and none that was trained on.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if not vendors or set(vendors) - set(VENDOR_TITLES):
+        raise ValueError(
+            f"evaluation.options.vendors: expected some of {list(VENDOR_TITLES)}, got {vendors}"
+        )
+    if seen := set(vendors) & set(trained):
+        raise ValueError(f"evaluation.options.vendors: the run was trained on {sorted(seen)}")
+
+
 # What an emoji of each category is "a kind of"; for prompts that name the task.
 KINDS = {
     "Activities": "activity",

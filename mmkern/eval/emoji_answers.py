@@ -12,7 +12,7 @@ from mmkern.data.emoji import EmojiData, EmojiView
 from mmkern.data.emoji_questions import HELD_OUT_KINDS, KINDS, EmojiQuestions
 from mmkern.data.randomness import Stream, permutation, sample_keys, uniform
 from mmkern.eval.answers import Answerer, exact_match, majority, shuffled_pictures
-from mmkern.eval.emoji import VENDOR_TITLES
+from mmkern.eval.emoji import VENDOR_TITLES, check_vendors
 
 CANDIDATES = 20  # names among which a caption is ranked
 
@@ -93,13 +93,7 @@ def check_options(options: Mapping[str, Any], trained: Sequence[str], known: set
     """
     if unknown := set(options) - known:
         raise ValueError(f"evaluation.options: expected {sorted(known)}, got {sorted(unknown)}")
-    vendors = options.get("vendors", ())
-    if not vendors or set(vendors) - set(VENDOR_TITLES):
-        raise ValueError(
-            f"evaluation.options.vendors: expected some of {list(VENDOR_TITLES)}, got {vendors}"
-        )
-    if seen := set(vendors) & set(trained):
-        raise ValueError(f"evaluation.options.vendors: the run was trained on {sorted(seen)}")
+    check_vendors(options.get("vendors", ()), trained)
     if unknown := set(options.get("kinds", KINDS)) - set(KINDS):
         raise ValueError(f"evaluation.options.kinds: expected {KINDS}, got {sorted(unknown)}")
 
@@ -109,17 +103,21 @@ def evaluate_captions(
     size: int,
     *,
     vendors: Sequence[str],
+    categories: Sequence[str] | None = None,
     pictures: int = 600,
     candidates: int = CANDIDATES,
     progress: Any = None,
 ) -> dict[str, Any]:
-    """Captions on each vendor; keys for ``metrics.json``: ``vendors`` and ``captions``."""
+    """Captions on each vendor; keys for ``metrics.json``: ``vendors`` and ``captions``.
+
+    ``categories`` are the only ones to test, None all; of their pictures at most ``pictures``.
+    """
     say = progress or (lambda line: None)
     data = EmojiData.load(size)
     found = {}
     for vendor in vendors:
         say(f"captions on {VENDOR_TITLES[vendor]}")
-        task = captions(data.test_view(vendor), pictures, candidates)
+        task = captions(data.test_view(vendor, categories), pictures, candidates)
         found[VENDOR_TITLES[vendor]] = measure(answerer, task)
     return {"vendors": [VENDOR_TITLES[v] for v in vendors], "captions": found}
 

@@ -11,6 +11,7 @@ from mmkern.eval.emoji import (
     EmojiEncoder,
     best_names,
     category_probe,
+    check_vendors,
     prompt_rows,
     retrieval,
     vendor_accuracy,
@@ -40,13 +41,7 @@ def check_options(
         raise ValueError(f"evaluation.options: expected vendors and parts, got {sorted(unknown)}")
     if unknown := set(options.get("parts", PARTS)) - set(PARTS):
         raise ValueError(f"evaluation.options.parts: expected {PARTS}, got {sorted(unknown)}")
-    vendors = options.get("vendors", ())
-    if not vendors or set(vendors) - set(VENDOR_TITLES):
-        raise ValueError(
-            f"evaluation.options.vendors: expected some of {list(VENDOR_TITLES)}, got {vendors}"
-        )
-    if seen := set(vendors) & set(trained):
-        raise ValueError(f"evaluation.options.vendors: the run was trained on {sorted(seen)}")
+    check_vendors(options.get("vendors", ()), trained)
     if "robustness" in options.get("parts", PARTS) and not reserve:
         raise ValueError(
             "evaluation.options.parts: robustness needs data.options.reserve, which this run does "

@@ -114,8 +114,8 @@ class Blip2Retrieval(Blip2Base):
         """Score again, by matching, the k best texts of each image and images of each text.
 
         A pair's final score is its match logit plus ``contrast_weight`` times its contrastive score
-        (1: LAVIS's evaluation); pairs outside the k best get -inf. A pair that is among the best of both sides is computed
-        once, and an image's keys and values once for all its texts.
+        (1: LAVIS's evaluation); pairs outside the k best get -inf. A pair that is among the best of
+        both sides is computed once, and an image's keys and values once for all its texts.
 
         Args:
             scores: [N, M] from :meth:`itc_scores`.

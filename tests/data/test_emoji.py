@@ -171,6 +171,17 @@ def test_reserved_pictures_are_never_trained_on(data):
     assert not set(wider.picture_ids.tolist()) & set(reserved.picture_ids.tolist())
 
 
+def test_categories_are_the_only_ones(data):
+    """A model taught to name animals would be tested on flags, or taught them after all."""
+    chosen = {"Animals & Nature", "Food & Drink"}
+    for view in (data.view(("Appl", "Goog"), categories=chosen), data.test_view("Twtr", chosen)):
+        found = {view.categories[i] for i in view.category_ids[view.name_ids].tolist()}
+        assert found == chosen and -1 not in view.category_ids[view.name_ids]
+    for wrong in (["Meals"], []):
+        with pytest.raises(ValueError, match="categories must be among"):
+            data.view(("Goog",), categories=wrong)
+
+
 @pytest.mark.parametrize("reserve", [{"Meals": 0.1}, {"Food & Drink": 1.0}])
 def test_view_refuses_impossible_reserves(data, reserve):
     """A misspelt category would silently reserve nothing."""

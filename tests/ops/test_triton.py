@@ -99,6 +99,7 @@ FEWER = "not 200-0-640 and not 127-0-384 and not deterministic"
 SELECTED = {"info_nce": ["-k", FEWER], "sigmoid_contrastive": ["-k", FEWER]}
 SELECTED["query_info_nce"] = ["-k", "not deterministic and not poisoned and not all_that"]
 SELECTED["plora_linear"] = ["-k", "not deterministic and not 520 and not rate and not bad"]
+SELECTED["linear_cross_entropy"] = ["-k", "not deterministic"]
 SELECTED["attention"] = [
     "-k",
     "not bit_equal and not many_readers and not 0.999 and not holes and not widths"

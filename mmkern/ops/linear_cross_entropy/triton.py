@@ -8,42 +8,19 @@ vocabulary at a time in the inputs' dtype; two products with them are the gradie
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mmkern import _triton
-from mmkern._triton import Variant
+from mmkern._triton import Tile, Variant
 
 WEIGHT_BYTES = 256 << 20  # largest block of gradient weights held at once
 _PROGRAMS = 1024  # programs of the forward with every row labelled, at least
 _GROUP = 16  # row tiles whose programs run side by side, for L2
 _MERGE = 128  # rows of a program that merges
 _SIZES = ["rows", "vocabulary", "chunk", "chunks", "start", "width", "group", "smoothing", "shift"]
-
-
-class Tile(NamedTuple):
-    """[m, n] results in steps of k."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-
-    def constants(self, dtype: torch.dtype) -> dict[str, object]:
-        return {
-            "BM": self.m,
-            "BN": self.n,
-            "BK": self.k,
-            # An fp32 tensor core product would be TF32's: 10 bits of mantissa.
-            "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-        }
 
 
 def tile(dtype: torch.dtype) -> Tile:

@@ -7,8 +7,6 @@ list is no row. Dropout is one byte for eight features, made once a pass.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -16,31 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkern import _triton
-from mmkern._triton import Variant
+from mmkern._triton import Tile, Variant
 
 _PROGRAMS = 264  # programs that a reduction aims for: two for each multiprocessor of an H100
 _CHUNK_ROWS = 256  # fewest rows of a part of a reduction
-
-
-class Tile(NamedTuple):
-    """[m, n] results in steps of k."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-
-    def constants(self, dtype: torch.dtype) -> dict[str, object]:
-        return {
-            "BM": self.m,
-            "BN": self.n,
-            "BK": self.k,
-            # An fp32 tensor core product would be TF32's: 10 bits of mantissa.
-            "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-        }
 
 
 def shrink_tile(rank: int, dtype: torch.dtype) -> Tile:
