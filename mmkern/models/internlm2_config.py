@@ -42,66 +42,45 @@ class InternLM2Config(PretrainedConfig):
     model_type = "internlm2"
     keys_to_ignore_at_inference = ("past_key_values",)
 
-    def __init__(
-        self,
-        vocab_size: int = 92544,
-        hidden_size: int = 4096,
-        intermediate_size: int = 14336,
-        num_hidden_layers: int = 32,
-        num_attention_heads: int = 32,
-        num_key_value_heads: int | None = 8,
-        max_position_embeddings: int = 32768,
-        rms_norm_eps: float = 1e-5,
-        rope_parameters: dict[str, Any] | None = None,
-        bias: bool = False,
-        initializer_range: float = 0.02,
-        use_cache: bool = True,
-        plora_rank: int = 256,
-        plora_alpha: float | None = None,
-        plora_dropout: float = 0.05,
-        plora_rank_pattern: dict[str, int] | None = None,
-        plora_alpha_pattern: dict[str, float] | None = None,
-        pad_token_id: int | None = 2,
-        bos_token_id: int | None = 1,
-        eos_token_id: int | list[int] | None = 2,
-        tie_word_embeddings: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads or num_attention_heads
-        self.max_position_embeddings = max_position_embeddings
-        self.rms_norm_eps = rms_norm_eps
-        self.bias = bias
-        self.initializer_range = initializer_range
-        self.use_cache = use_cache
-        self.plora_rank = plora_rank
-        self.plora_alpha = plora_alpha
-        self.plora_dropout = plora_dropout
-        self.plora_rank_pattern = dict(plora_rank_pattern or {})
-        self.plora_alpha_pattern = dict(plora_alpha_pattern or {})
+    vocab_size: int = 92544
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = 8
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-5
+    rope_parameters: Any = None
+    bias: bool = False
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    plora_rank: int = 256
+    plora_alpha: float | None = None
+    plora_dropout: float = 0.05
+    plora_rank_pattern: Any = None
+    plora_alpha_pattern: Any = None
+    pad_token_id: int | None = 2
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.plora_rank_pattern = dict(self.plora_rank_pattern or {})
+        self.plora_alpha_pattern = dict(self.plora_alpha_pattern or {})
         for heads, of in (
             (self.num_attention_heads, self.hidden_size),
             (self.num_key_value_heads, self.num_attention_heads),
         ):
             if heads < 1 or of % heads:
-                raise ValueError(f"InternLM2Config: {heads} heads must divide {of}")
+                raise ValueError(f"{type(self).__name__}: {heads} heads must divide {of}")
         if unknown := {*self.plora_rank_pattern, *self.plora_alpha_pattern} - set(LINEARS):
             raise ValueError(
-                f"InternLM2Config: patterns name some of {LINEARS}, got {sorted(unknown)}"
+                f"{type(self).__name__}: patterns name some of {LINEARS}, got {sorted(unknown)}"
             )
         theta, scaling = kwargs.pop("rope_theta", None), kwargs.pop("rope_scaling", None)
-        self.rope_parameters = _rope_parameters(rope_parameters or scaling, theta)
-        super().__init__(
-            pad_token_id=pad_token_id,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
-        )
+        self.rope_parameters = _rope_parameters(self.rope_parameters or scaling, theta)
+        super().__post_init__(**kwargs)
 
     def adapter(self, name: str) -> tuple[int, float]:
         """Rank and alpha of a layer's adapter."""
