@@ -20,6 +20,7 @@ from mmkern.data.pairs import PairDataset, PairError
 from mmkern.data.questions import QuestionDataset
 from mmkern.data.samplers import UniqueBatchSampler
 from mmkern.data.shards import ShardDataset, ShardError
+from mmkern.data.text_questions import TextQuestions
 from mmkern.data.tiles import TileTransform
 from mmkern.data.tokenizer import ClipTokenizer
 
@@ -49,6 +50,7 @@ __all__ = [
     "Seq2SeqCollator",
     "ShardDataset",
     "ShardError",
+    "TextQuestions",
     "Texts",
     "TileTransform",
     "UniqueBatchSampler",

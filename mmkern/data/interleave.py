@@ -106,8 +106,8 @@ class InterleavedCollator(_LanguageCollator):
 
     Gives ``pixel_values`` (absent without pictures; a list where their sizes differ),
     ``input_ids``, ``attention_mask`` and ``labels`` int64 [B, L], and ``spans``: the image tokens'
-    rows, which all layers share. A sample has one ``image``, a list of them for as many ``<ImageHere>`` in its
-    text, or none.
+    rows, which all layers share. A sample has one ``image``, a list of them for as many
+    ``<ImageHere>`` in its text, or none.
 
     Args:
         transform: as ``ContrastiveCollator`` takes it; may give a list of tensors.

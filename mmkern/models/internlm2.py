@@ -399,9 +399,14 @@ class InternLM2ForCausalLM(InternLM2PreTrainedModel, GenerationMixin):
         items = num_items_in_batch
         return total / (items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1))
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """transformers', but the visual rows are those of the prompt: later steps are text."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        # transformers looks for the parameter inputs_embeds.
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            *args, inputs_embeds=inputs_embeds, **kwargs
+        )
         cache = inputs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             inputs.pop("spans", None)

@@ -43,10 +43,12 @@ def build_data(recipe: Recipe, model: Any, rank: int = 0, world_size: int = 1) -
     sampler: Any = None
     with as_recipe_error("data"):
         if source.source == "mixture":
-            sets = {
+            sets: dict[str, Any] = {
                 name: data.QuestionDataset.from_jsonl(
                     str(entry.path), kind=entry.kind, seed=seed, **entry.options
                 )
+                if entry.pictures
+                else data.TextQuestions.from_jsonl(str(entry.path), **entry.options)
                 for name, entry in source.mixture.items()
             }
             dataset: Any = _mixture(source, sets, seed)
@@ -222,8 +224,15 @@ def check_data(recipe: Recipe, trained: System) -> None:
     elif source.source == "mixture":
         allowed = set()
         reader = parameters(data.QuestionDataset.from_jsonl) - {"path", "kind", "seed"}
+        texts = parameters(data.TextQuestions.from_jsonl) - {"path"}
         for name, entry in source.mixture.items():
-            check_keys(f"data.mixture.{name}.options", entry.options, reader)
+            known = reader if entry.pictures else texts
+            check_keys(f"data.mixture.{name}.options", entry.options, known)
+            if not entry.pictures and trained.batches != "interleaved":
+                raise RecipeError(
+                    f"recipe: data.mixture.{name}.pictures must be true: {trained.name} has a "
+                    "picture in every sample"
+                )
     else:
         allowed = parameters(READERS[source.source])
         allowed -= {"path", "folder", "shards", "seed", "rank", "world_size"}

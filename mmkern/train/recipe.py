@@ -68,12 +68,14 @@ class MixtureConfig:
         path: a table of JSON lines. Not used by ``emoji``, where the entry's name is the kind.
         kind: of its questions; see ``mmkern.data.TEMPLATES``.
         options: further keyword arguments of ``QuestionDataset.from_jsonl``.
+        pictures: false for questions without any (``TextQuestions``; InternLM-XComposer2 only).
     """
 
     weight: float = 1.0
     path: str | None = None
     kind: str = "question"
     options: dict[str, Any] = field(default_factory=dict)
+    pictures: bool = True
 
 
 @dataclass(frozen=True)
