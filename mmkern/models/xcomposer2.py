@@ -18,18 +18,21 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from mmkern.layout import VisualSpans
-from mmkern.models.blip2_base import ClipVisionConfig, ClipVisionModel
-from mmkern.models.clip import CLIP
 from mmkern.models.clip_checkpoints import State, check, raise_for_keys
 from mmkern.models.internlm2 import InternLM2ForCausalLM
 from mmkern.models.xcomposer2_checkpoints import from_released, to_released
 from mmkern.models.xcomposer2_config import XComposer2Config
-from mmkern.nn.towers import resize_positions
-from mmkern.ops import info_nce
+from mmkern.models.xcomposer2_vision import (
+    ContrastiveHead,
+    VisionTower,
+    check_images,
+    mean_rows,
+    runs_by_sample,
+    tiled_tokens,
+)
 
 __all__ = [
     "XComposer2Config",
@@ -59,46 +62,6 @@ class XComposer2Output(ModelOutput):
     logits: Tensor | None = None
     past_key_values: Any = None
     image_features: Tensor | None = None
-
-
-class VisionTower(ClipVisionModel):
-    """CLIP's patch tokens after the last block: [B, 3, S, S] to [B, g², W].
-
-    No class token, and no norm behind the blocks: it serves the class token alone.
-    """
-
-    def __init__(self, config: ClipVisionConfig) -> None:
-        super().__init__(config)
-        del self.post_layernorm
-
-    def forward(self, pixel_values: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(pixel_values)[:, 1:]
-
-    @torch.no_grad()
-    def load_clip(self, clip: CLIP) -> None:
-        """Copy the weights of a CLIP's tower; positions are interpolated where sizes differ."""
-        state, name = clip.state_dict(), "visual.positional_embedding"
-        grid = self._grid(self.image_size)
-        state[name] = resize_positions(state[name], grid, antialias=False)
-        self.load_state_dict({key: state[f"visual.{key}"] for key in self.state_dict()})
-
-
-class ContrastiveHead(nn.Module):
-    """Pooled states of images and texts to one space; InfoNCE with a trained temperature."""
-
-    def __init__(self, width: int, out: int, temperature: float) -> None:
-        super().__init__()
-        self.image = nn.Linear(width, out, bias=False)
-        self.text = nn.Linear(width, out, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
-
-    def forward(self, image: Tensor, text: Tensor, group: ProcessGroup | None) -> Tensor:
-        weight = self.image.weight
-        image, text = (
-            F.normalize(linear(x.to(weight.dtype)), dim=-1)
-            for linear, x in ((self.image, image), (self.text, text))
-        )
-        return info_nce(image, text, self.logit_scale.exp(), group=group)
 
 
 class XComposer2ForConditionalGeneration(InternLM2ForCausalLM):
@@ -245,36 +208,11 @@ class XComposer2ForConditionalGeneration(InternLM2ForCausalLM):
     def image_features(self, pixel_values: Pixels) -> Tensor:
         """Images to what the language model reads, [rows, W], one image behind the other."""
         if self.config.hd_num:
-            tokens = self._tiled(list(pixel_values))
+            newline, separator = self.plora_sub_GN, self.plora_glb_GN
+            tokens = tiled_tokens(self.vit, list(pixel_values), separator, newline)
         else:
             tokens = self.vit(pixel_values).flatten(0, 1)
         return self.vision_proj(tokens.to(self.vision_proj[0].weight.dtype))
-
-    def _tiled(self, images: list[Tensor]) -> Tensor:
-        """Tokens [rows, 4 W] of images of tiles: the whole, a separator, then the tiles' lines."""
-        size, side, tiles, shapes = self.vit.image_size, self.config.grid // 2, [], []
-        for image in images:
-            whole = F.interpolate(image[None].float(), (size, size), mode="bicubic")
-            cut = image.unflatten(1, (-1, size)).unflatten(3, (-1, size))  # [3, h, S, w, S]
-            tiles += [whole.to(image.dtype), cut.permute(1, 3, 0, 2, 4).flatten(0, 1)]
-            shapes.append((cut.shape[1], cut.shape[3]))
-        patches = self.vit(torch.cat(tiles))  # [tiles, g², W]
-        # Four neighbours side by side: row, column, then channels.
-        four = patches.view(len(patches), side, 2, side, 2, -1).permute(0, 1, 3, 2, 4, 5)
-        four = four.flatten(3)  # [tiles, m, m, 4 W]
-        rows, place = [], 0
-        for high, wide in shapes:
-            views = four[place : place + 1 + high * wide]
-            place += len(views)
-            local = views[1:].unflatten(0, (high, wide)).permute(0, 2, 1, 3, 4)
-            local = local.reshape(high * side, wide * side, -1)
-            rows += [self._lines(views[0]), self.plora_glb_GN[0].to(four.dtype), self._lines(local)]
-        return torch.cat(rows)
-
-    def _lines(self, tokens: Tensor) -> Tensor:
-        """[rows, columns, C] to [rows (columns + 1), C]: every line ends with a newline token."""
-        end = self.plora_sub_GN[0].to(tokens.dtype).expand(tokens.shape[0], 1, -1)
-        return torch.cat([tokens, end], 1).flatten(0, 1)
 
     def _counts(self, pixel_values: Pixels | None) -> list[int]:
         """Tokens of each image."""
@@ -386,7 +324,7 @@ class XComposer2ForConditionalGeneration(InternLM2ForCausalLM):
         language = (p for n, p in self.model.named_parameters() if "Plora_" not in n)
         with torch.set_grad_enabled(any(p.requires_grad for p in language)):
             alone = self.model(embeddings, kept.long())
-        return self.contrast(_mean(hidden, visual), _mean(alone, labels != -100), group)
+        return self.contrast(mean_rows(hidden, visual), mean_rows(alone, labels != -100), group)
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -447,58 +385,6 @@ class XComposer2ForConditionalGeneration(InternLM2ForCausalLM):
             missing = set(info["missing_keys"]) - tied
             raise_for_keys(f"{cls.__name__}.from_pretrained", missing, info["unexpected_keys"])
         return (model, info) if with_info else model
-
-
-def runs_by_sample(spans: VisualSpans) -> list[list[int]]:
-    """Lengths of the runs of visual rows in each sample; a run over a border is cut there.
-
-    Raises:
-        ValueError: spans that do not know their runs (made from a mask on a GPU).
-    """
-    if spans.runs is None:
-        raise ValueError("XComposer2: build the spans on the host, in the collator")
-    batch, length = spans.shape
-    found: list[list[int]] = [[] for _ in range(batch)]
-    for start, stop in spans.runs:
-        while start < stop:
-            sample = start // length
-            end = min(stop, (sample + 1) * length)
-            found[sample].append(end - start)
-            start = end
-    return found
-
-
-def check_images(spans: VisualSpans, counts: Sequence[int]) -> None:
-    """Raise ValueError, naming the sample, unless the images' tokens fill the placeholders.
-
-    Images belong to samples in order: a sample takes as many as its placeholders hold. Looks at
-    what the host knows; spans from a mask on a GPU are not looked at.
-    """
-    if spans.runs is None:
-        return
-    images = iter(counts)
-    left = list(counts)
-    for sample, runs in enumerate(runs_by_sample(spans)):
-        wanted, found = sum(runs), 0
-        while found < wanted and (rows := next(images, None)) is not None:
-            found += rows
-            left.pop(0)
-        if found != wanted:
-            raise ValueError(
-                f"XComposer2: sample {sample} has {wanted} image tokens in input_ids, but its "
-                f"images become {found}"
-            )
-    if left:
-        raise ValueError(
-            f"XComposer2: {len(left)} of {len(counts)} images have no place in input_ids: the last "
-            f"sample, {spans.shape[0] - 1}, is full"
-        )
-
-
-def _mean(states: Tensor, rows: Tensor) -> Tensor:
-    """[B, L, W] and bool [B, L] to the means over its rows, [B, W] in fp32."""
-    share = rows.float() / rows.sum(1, keepdim=True).clamp(min=1)
-    return torch.einsum("bl,blw->bw", share, states.float())
 
 
 def _published(image_size: int, fields: dict[str, Any], overrides: dict[str, Any]) -> Any:
