@@ -75,7 +75,7 @@ def test_contrastive_stage_is_a_switch(tmp_path: Path) -> None:
     metrics = run.train(recipe)
     assert metrics["steps"] == 3 and 0 < metrics["loss"] < 20
     model: Any = run.load_run(recipe.output_dir)[1]
-    assert model.contrast.logit_scale.exp() != pytest.approx(1 / 0.07, rel=1e-6)
+    assert model.contrast.logit_scale.exp().item() != pytest.approx(1 / 0.07, rel=1e-6)
 
 
 def test_language_model_starts_from_smollm2() -> None:
@@ -88,7 +88,7 @@ def test_language_model_starts_from_smollm2() -> None:
                                               "model.language_model_dtype=fp32"])  # fmt: skip
     model: Any = run.build_model(recipe).eval()
     llama = smollm2(cache_directory())
-    assert model.config.rms_norm_eps == llama.config.rms_norm_eps
+    assert model.config.rms_norm_eps == pytest.approx(llama.config.rms_norm_eps)
     own, theirs = (InternLM2Config.from_llama(c) for c in (model.config.to_llama(), llama.config))
     for name in ("rope_parameters", "num_key_value_heads", "max_position_embeddings"):
         assert getattr(own, name) == getattr(theirs, name), name
