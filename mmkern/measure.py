@@ -163,6 +163,32 @@ def _measure_emoji_answers(directory: Path, recipe: Recipe, model: Any) -> dict[
     )
 
 
+def _measure_emoji_grids(directory: Path, recipe: Recipe, model: Any) -> dict[str, Any]:
+    """InternLM-XComposer2: every kind that was trained, and text before and after training."""
+    from mmkern.data import TEMPLATES
+    from mmkern.eval import emoji_answers
+    from mmkern.eval.text_loss import text_loss
+    from mmkern.train.batches import image_size, load_tokenizer
+    from mmkern.train.run import build_model
+
+    options = _emoji_options(recipe, {"vendors", "kinds", "questions_each"})
+    trained = list(recipe.data.mixture) or ["caption"]
+    found = emoji_answers.evaluate_questions(
+        _answerer(recipe, model),
+        image_size(model),
+        trained=trained,
+        progress=_say,
+        **{"kinds": trained, **options},
+    )
+    _say("text before and after training")
+    tokenizer = load_tokenizer(recipe.data.text.tokenizer)
+    texts = [template for kind in sorted(TEMPLATES) for template in TEMPLATES[kind]]
+    began = build_model(recipe).to(model.device)
+    losses = {"before": text_loss(began, tokenizer, texts)}
+    losses["after"] = text_loss(model, tokenizer, texts)
+    return {**found, "text_loss": losses}
+
+
 def _measure_answers(directory: Path, recipe: Recipe, model: Any) -> dict[str, Any]:
     """Exact match on the questions of ``evaluation.options.path``, beside other pictures'."""
     from mmkern.data import QuestionDataset
@@ -229,6 +255,8 @@ _MEASURES: dict[tuple[str, bool], Callable[[Path, Recipe, Any], dict[str, Any]]]
     ("blip2-stage1", False): _measure_matching,
     ("blip2-stage2", True): _measure_emoji_answers,
     ("blip2-stage2", False): _measure_answers,
+    ("xcomposer2", True): _measure_emoji_grids,
+    ("xcomposer2", False): _measure_answers,
     ("instructblip", True): _measure_emoji_answers,
     ("instructblip", False): _measure_answers,
 }

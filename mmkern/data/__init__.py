@@ -2,6 +2,7 @@
 
 from mmkern.data.collator import ContrastiveCollator
 from mmkern.data.emoji import EmojiData, EmojiView, pixel_neighbour_top1
+from mmkern.data.emoji_grids import GRID_KINDS, EmojiGrids
 from mmkern.data.emoji_questions import KINDS, EmojiQuestions
 from mmkern.data.images import (
     MEAN,
@@ -12,15 +13,19 @@ from mmkern.data.images import (
     open_image,
 )
 from mmkern.data.instructions import TEMPLATES, Question
+from mmkern.data.interleave import InterleavedCollator
 from mmkern.data.language import CausalCollator, PretrainingCollator, Seq2SeqCollator, Texts
 from mmkern.data.mixture import Mixture
 from mmkern.data.pairs import PairDataset, PairError
 from mmkern.data.questions import QuestionDataset
 from mmkern.data.samplers import UniqueBatchSampler
 from mmkern.data.shards import ShardDataset, ShardError
+from mmkern.data.text_questions import TextQuestions
+from mmkern.data.tiles import TileTransform
 from mmkern.data.tokenizer import ClipTokenizer
 
 __all__ = [
+    "GRID_KINDS",
     "KINDS",
     "MEAN",
     "STD",
@@ -30,9 +35,11 @@ __all__ = [
     "ClipTransform",
     "ContrastiveCollator",
     "EmojiData",
+    "EmojiGrids",
     "EmojiQuestions",
     "EmojiView",
     "ImageError",
+    "InterleavedCollator",
     "Mixture",
     "PairDataset",
     "PairError",
@@ -43,7 +50,9 @@ __all__ = [
     "Seq2SeqCollator",
     "ShardDataset",
     "ShardError",
+    "TextQuestions",
     "Texts",
+    "TileTransform",
     "UniqueBatchSampler",
     "open_image",
     "pixel_neighbour_top1",

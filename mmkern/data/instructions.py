@@ -193,6 +193,30 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "The key shows which sign? Short answer:",
         "Read what is on the button. Short answer:",
     ),
+    "place": (
+        "Question: what is at the {} of the picture? Short answer:",
+        "What is at the {}? Answer briefly.",
+        "Look at the {}. What is there? Short answer:",
+        "Name what stands at the {}, in short.",
+        "Which thing is at the {}? Short answer:",
+        "Say briefly what you see at the {}.",
+        "At the {} there is what? Short answer:",
+        "Of the four pictures, which is at the {}? Short answer:",
+        "The {} shows, in short:",
+        "Tell what the {} shows. Answer briefly.",
+    ),
+    "count": (
+        "Question: how many of the four are {}? Short answer:",
+        "How many are {}? Answer with one word.",
+        "Count those that are {}. Short answer:",
+        "Of the four pictures, how many are {}? Answer briefly.",
+        "Say in one word how many are {}.",
+        "How many {} can you count? Short answer:",
+        "The number of those that are {}, in one word:",
+        "Look at all four. How many are {}? Short answer:",
+        "Tell how many are {}. Answer briefly.",
+        "Number of {} here, in short:",
+    ),
 }
 
 

@@ -101,9 +101,13 @@ class Answerer:
         self.options.setdefault("eos_token_id", collator.eos[-1])
         self.decode = tokenizer.batch_decode
 
-    def _prompts(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    def _prompts(self, samples: Sequence[Sample]) -> dict[str, Any]:
         batch = self.collator.prompts(samples)
-        return {name: value.to(self.model.device) for name, value in batch.items()}
+        device = self.model.device
+        return {
+            name: [v.to(device) for v in value] if isinstance(value, list) else value.to(device)
+            for name, value in batch.items()
+        }
 
     @torch.no_grad()
     def generate(self, samples: Sequence[Sample]) -> list[str]:
@@ -175,8 +179,10 @@ class Answerer:
         """Logits [R, T, V] of a decoder: those after the prompt, then after each token but one."""
         language, mask = self.model.language_model, batch["attention_mask"]
         place = (mask.cumsum(1) - 1).clamp(min=0)
+        spans = {"spans": batch["spans"]} if "spans" in batch else {}
         before = language(
             inputs_embeds=self._embeddings(batch),
+            **spans,
             attention_mask=mask,
             position_ids=place,
             use_cache=True,

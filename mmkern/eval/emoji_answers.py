@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 
 from mmkern.data.emoji import EmojiData, EmojiView
+from mmkern.data.emoji_grids import GRID_KINDS, EmojiGrids
 from mmkern.data.emoji_questions import HELD_OUT_KINDS, KINDS, EmojiQuestions
 from mmkern.data.randomness import Stream, permutation, sample_keys, uniform
 from mmkern.eval.answers import Answerer, exact_match, majority, shuffled_pictures
 from mmkern.eval.emoji import VENDOR_TITLES, check_vendors
 
 CANDIDATES = 20  # names among which a caption is ranked
+# What may be asked; grids are twice as high and wide, and not every system takes them.
+ASKED = (*KINDS, "caption", *GRID_KINDS)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,18 @@ def captions(view: EmojiView, count: int, candidates: int = CANDIDATES, seed: in
 
 
 def questions(view: EmojiView, kind: str, count: int, seed: int = 0) -> Task:
-    """Questions of one kind; candidates are all its answers (``name``: some, ``either``: both)."""
+    """Questions of one kind; candidates are all its answers.
+
+    Those of ``name`` and ``caption`` are some names, of ``either`` the two, of ``place`` the four
+    in the grid.
+    """
+    if kind == "caption":
+        return captions(view, count, seed=seed)
+    if kind in GRID_KINDS:
+        grids = EmojiGrids(view, kind, seed)
+        order = permutation(seed, 0, len(grids), Stream.QUESTION)[:count].tolist()
+        chosen = [grids[row] for row in order]
+        return Task(chosen, [[s["answer"]] for s in chosen], [s["candidates"] for s in chosen])
     asked = EmojiQuestions(view, kind, seed)
     rows = permutation(seed, 0, len(asked), Stream.QUESTION)[:count].tolist()
     if kind == "name":
@@ -94,8 +108,8 @@ def check_options(options: Mapping[str, Any], trained: Sequence[str], known: set
     if unknown := set(options) - known:
         raise ValueError(f"evaluation.options: expected {sorted(known)}, got {sorted(unknown)}")
     check_vendors(options.get("vendors", ()), trained)
-    if unknown := set(options.get("kinds", KINDS)) - set(KINDS):
-        raise ValueError(f"evaluation.options.kinds: expected {KINDS}, got {sorted(unknown)}")
+    if unknown := set(options.get("kinds", KINDS)) - set(ASKED):
+        raise ValueError(f"evaluation.options.kinds: expected {ASKED}, got {sorted(unknown)}")
 
 
 def evaluate_captions(
@@ -177,6 +191,12 @@ def table(metrics: Mapping[str, Any]) -> str:
         for kind, scores in metrics.get("questions", {}).get(title, {}).items():
             lines.append(_scores(kind + (", never trained" if kind in held_out else ""), scores))
         lines.append("")
+    if "text_loss" in metrics:
+        before, after = (metrics["text_loss"][when] for when in ("before", "after"))
+        lines.append(
+            f"loss of plain text: {before:.6f} before training, {after:.6f} after"
+            + (", the same to the last bit" if before == after else "")
+        )
     return "\n".join(lines).rstrip()
 
 

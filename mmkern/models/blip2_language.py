@@ -129,6 +129,10 @@ class LanguageSide(Blip2Base, GenerationMixin):
         language = kind if kind in ("opt", "t5") else "llm"
         return to_lavis(self.state_dict(), instruct=self.lavis_instruct, language=language)
 
+    def cast_language_model(self, dtype: torch.dtype) -> None:
+        """Hold a frozen language model in 16 bits."""
+        self.language_model.to(dtype)
+
     def project(self, queries: Tensor) -> Tensor:
         """The Q-Former's rows [B, Q, D] to the language model's width [B, Q, H]."""
         return self.language_projection(queries.to(self.language_projection.weight.dtype))

@@ -36,7 +36,7 @@ _TEXT_PARTS = (
 # Buffers that transformers used to save.
 _OLD_BUFFERS = frozenset(f"{tower}_model.embeddings.position_ids" for tower in ("text", "vision"))
 _TRANSPOSED = frozenset({"visual.proj", "text_projection"})
-_SINGLE = {
+SINGLE = {
     "logit_scale": "logit_scale",
     "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
@@ -52,11 +52,11 @@ _SINGLE = {
     "visual.ln_post.bias": "vision_model.post_layernorm.bias",
     "visual.proj": "visual_projection.weight",
 }
-_BLOCKS = {
+BLOCKS = {
     "visual.transformer.resblocks": "vision_model.encoder.layers",
     "transformer.resblocks": "text_model.encoder.layers",
 }
-_LEAVES = {
+LEAVES = {
     "attn.out_proj": "self_attn.out_proj",
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -120,14 +120,14 @@ def from_openai(state: State, layout: str) -> State:
 
 def _pairs(depths: dict[str, int]) -> dict[str, tuple[str, ...]]:
     """Our key to transformers' key or, for the fused projection, its three keys."""
-    pairs: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in _SINGLE.items()}
-    for ours, theirs in _BLOCKS.items():
+    pairs: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in SINGLE.items()}
+    for ours, theirs in BLOCKS.items():
         for i in range(depths[ours]):
             for kind in ("weight", "bias"):
                 pairs[f"{ours}.{i}.attn.in_proj_{kind}"] = tuple(
                     f"{theirs}.{i}.self_attn.{part}_proj.{kind}" for part in "qkv"
                 )
-                for leaf, name in _LEAVES.items():
+                for leaf, name in LEAVES.items():
                     pairs[f"{ours}.{i}.{leaf}.{kind}"] = (f"{theirs}.{i}.{name}.{kind}",)
     return pairs
 
@@ -139,7 +139,7 @@ def _depth(state: State, prefix: str) -> int:
 
 
 def _from_transformers(state: State) -> State:
-    pairs = _pairs({ours: _depth(state, theirs) for ours, theirs in _BLOCKS.items()})
+    pairs = _pairs({ours: _depth(state, theirs) for ours, theirs in BLOCKS.items()})
     expected = {name for names in pairs.values() for name in names}
     raise_for_keys(
         "CLIP checkpoint (transformers)",
@@ -154,7 +154,7 @@ def _from_transformers(state: State) -> State:
 
 
 def _to_transformers(state: State) -> State:
-    pairs = _pairs({ours: _depth(state, ours) for ours in _BLOCKS})
+    pairs = _pairs({ours: _depth(state, ours) for ours in BLOCKS})
     if pairs.keys() != state.keys():
         raise ValueError(
             "CLIP checkpoint: transformers' CLIPModel has no place for "

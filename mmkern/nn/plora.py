@@ -18,6 +18,13 @@ from mmkern.layout import VisualSpans
 VISUAL_ONLY = "plora_visual_only"
 
 
+class _FromZero(nn.Linear):
+    """A linear layer that starts as zeros, by whatever initialises it."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
 class PLoRALinear(nn.Linear):
     """nn.Linear plus s · B A dropout(x) on visual rows (InternLM-XComposer2, arXiv 2401.16420).
 
@@ -58,8 +65,7 @@ class PLoRALinear(nn.Linear):
         self.dropout = dropout
         options: dict[str, Any] = {"device": device, "dtype": adapter_dtype or dtype}
         self.Plora_A = nn.Linear(in_features, rank, bias=False, **options)
-        self.Plora_B = nn.Linear(rank, out_features, bias=False, **options)
-        self.reset_adapter()
+        self.Plora_B = _FromZero(rank, out_features, bias=False, **options)
 
     @classmethod
     def wrap(
@@ -103,8 +109,8 @@ class PLoRALinear(nn.Linear):
 
     def reset_adapter(self) -> None:
         """An adapter that changes nothing yet, but learns: kaiming uniform A, zero B."""
-        nn.init.kaiming_uniform_(self.Plora_A.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.Plora_B.weight)
+        self.Plora_A.reset_parameters()  # which is kaiming uniform with a = √5
+        self.Plora_B.reset_parameters()
 
     def forward(self, x: Tensor, spans: VisualSpans | Tensor | None = None) -> Tensor:
         """[..., K] to [..., N]; `spans` as for ``mmkern.ops.plora_linear``, None for text."""

@@ -477,17 +477,18 @@ class TextTransformer(TextMixin, nn.Module):
         return self.text_features(input_ids)
 
 
-def resize_positions(positions: Tensor, grid: int) -> Tensor:
+def resize_positions(positions: Tensor, grid: int, *, antialias: bool = True) -> Tensor:
     """Positions [1 + g², W] of a class token and a g×g grid, resampled to [1 + grid², W].
 
-    Bicubic with anti-aliasing, as open_clip does; the first row is kept. An equal grid returns a
-    copy, bit for bit.
+    Bicubic with anti-aliasing, as open_clip does, or without (another kernel, also for larger
+    grids), as transformers and XComposer2 do; the first row is kept. An equal grid returns a copy,
+    bit for bit.
     """
     old = round((positions.shape[0] - 1) ** 0.5)
     if old == grid:
         return positions.detach().clone()
     square = positions[1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    square = F.interpolate(square, size=(grid, grid), mode="bicubic", antialias=True)
+    square = F.interpolate(square, size=(grid, grid), mode="bicubic", antialias=antialias)
     square = square.permute(0, 2, 3, 1).reshape(grid * grid, -1).to(positions.dtype)
     return torch.cat([positions[:1], square])
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from mmkern import data
 from mmkern.data.emoji import cache_directory
-from mmkern.train.recipe import DataConfig, Recipe, RecipeError, nearest
+from mmkern.train.recipe import DataConfig, Recipe, RecipeError, TextConfig, nearest
 from mmkern.train.systems import System, system
 
 READERS: dict[str, Callable[..., Any]] = {
@@ -43,10 +43,12 @@ def build_data(recipe: Recipe, model: Any, rank: int = 0, world_size: int = 1) -
     sampler: Any = None
     with as_recipe_error("data"):
         if source.source == "mixture":
-            sets = {
+            sets: dict[str, Any] = {
                 name: data.QuestionDataset.from_jsonl(
                     str(entry.path), kind=entry.kind, seed=seed, **entry.options
                 )
+                if entry.pictures
+                else data.TextQuestions.from_jsonl(str(entry.path), **entry.options)
                 for name, entry in source.mixture.items()
             }
             dataset: Any = _mixture(source, sets, seed)
@@ -54,9 +56,9 @@ def build_data(recipe: Recipe, model: Any, rank: int = 0, world_size: int = 1) -
             view = emoji_view(source, image_size(model))
             dataset = view
             if source.mixture:
-                kinds = {kind: data.EmojiQuestions(view, kind, seed) for kind in source.mixture}
+                kinds = {kind: _emoji_questions(view, kind, seed) for kind in source.mixture}
                 dataset = _mixture(source, kinds, seed)
-            elif batches != "language":
+            elif batches not in ("language", "interleaved"):
                 rows = recipe.train.batch_size // world_size
                 labels = view.group_ids()
                 sampler = data.UniqueBatchSampler(
@@ -67,6 +69,12 @@ def build_data(recipe: Recipe, model: Any, rank: int = 0, world_size: int = 1) -
     if isinstance(collator, data.ContrastiveCollator) and source.source == "emoji":
         collator.pretokenize(dataset.names)
     return TrainingData(dataset, sampler, collator)
+
+
+def _emoji_questions(view: data.EmojiView, kind: str, seed: int) -> Any:
+    if kind == "caption":
+        return view
+    return (data.EmojiGrids if kind in data.GRID_KINDS else data.EmojiQuestions)(view, kind, seed)
 
 
 def emoji_view(source: DataConfig, size: int) -> data.EmojiView:
@@ -101,11 +109,13 @@ def build_collator(recipe: Recipe, model: Any, *, test: bool = False) -> Any:
     augment: dict[str, Any] = {**statistics, "train": source.augment is not None and not test}
     augment.update(source.augment or {})
     with as_recipe_error("data"):
-        transform: Any = (
-            data.PixelTransform(**augment)
-            if source.source == "emoji"
-            else data.ClipTransform(image_size(model), **augment)
-        )
+        transform: Any
+        if source.source == "emoji":
+            transform = data.PixelTransform(**augment)
+        elif getattr(model.config, "hd_num", 0):
+            transform = data.TileTransform(image_size(model), model.config.hd_num, **statistics)
+        else:
+            transform = data.ClipTransform(image_size(model), **augment)
         kind = system(recipe).batches
         if kind == "contrastive":
             tokenizer = data.ClipTokenizer(source.vocabulary, model.config.context_length)
@@ -118,16 +128,41 @@ def build_collator(recipe: Recipe, model: Any, *, test: bool = False) -> Any:
             return data.PretrainingCollator(
                 transform, tokenizer, texts=texts, length=source.text.length, seed=seed
             )
+        if kind == "interleaved":
+            return _interleaved_collator(recipe, model, transform, texts)
         return _language_collator(recipe, model, transform, texts)
+
+
+def _end(settings: TextConfig, tokenizer: Any) -> Any:
+    """The ids that end an answer; None: the tokenizer's own."""
+    if settings.end is None:
+        return None
+    return tokenizer(settings.end, add_special_tokens=False)["input_ids"]
+
+
+def _interleaved_collator(recipe: Recipe, model: Any, transform: Any, texts: data.Texts) -> Any:
+    settings, config = recipe.data.text, model.config
+    tokenizer = load_tokenizer(settings.tokenizer)
+    _require_room(len(tokenizer), config.vocab_size)
+    return data.InterleavedCollator(
+        transform,
+        tokenizer,
+        config.image_tokens,
+        config.image_token_index,
+        max_length=settings.max_length,
+        chat=settings.chat,
+        texts=texts,
+        bos=tokenizer.bos_token_id if settings.bos else None,
+        eos=_end(settings, tokenizer),
+        seed=recipe.train.seed,
+    )
 
 
 def _language_collator(recipe: Recipe, model: Any, transform: Any, texts: data.Texts) -> Any:
     settings, config = recipe.data.text, model.config
     tokenizer = load_tokenizer(settings.tokenizer)
     _require_room(len(tokenizer), config.text_config.vocab_size)
-    end = None
-    if settings.end is not None:
-        end = tokenizer(settings.end, add_special_tokens=False)["input_ids"]
+    end = _end(settings, tokenizer)
     options: dict[str, Any] = {
         "texts": texts,
         "prompt_length": settings.prompt_length,
@@ -182,12 +217,22 @@ def check_data(recipe: Recipe, trained: System) -> None:
     transform: Any = data.ClipTransform
     if source.source == "emoji":
         allowed, transform = parameters(data.EmojiData.view), data.PixelTransform
-        check_keys("data.mixture", source.mixture, set(data.KINDS))
+        kinds = {*data.KINDS}
+        if trained.batches == "interleaved":
+            kinds |= {"caption", *data.GRID_KINDS}
+        check_keys("data.mixture", source.mixture, kinds)
     elif source.source == "mixture":
         allowed = set()
         reader = parameters(data.QuestionDataset.from_jsonl) - {"path", "kind", "seed"}
+        texts = parameters(data.TextQuestions.from_jsonl) - {"path"}
         for name, entry in source.mixture.items():
-            check_keys(f"data.mixture.{name}.options", entry.options, reader)
+            known = reader if entry.pictures else texts
+            check_keys(f"data.mixture.{name}.options", entry.options, known)
+            if not entry.pictures and trained.batches != "interleaved":
+                raise RecipeError(
+                    f"recipe: data.mixture.{name}.pictures must be true: {trained.name} has a "
+                    "picture in every sample"
+                )
     else:
         allowed = parameters(READERS[source.source])
         allowed -= {"path", "folder", "shards", "seed", "rank", "world_size"}
@@ -199,7 +244,7 @@ def check_data(recipe: Recipe, trained: System) -> None:
         )
     augmentation = parameters(transform.__init__) - {"size", "mean", "std", "train"}
     check_keys("data.augment", source.augment or {}, augmentation)
-    if source.mixture and trained.batches != "language":
+    if source.mixture and trained.batches not in ("language", "interleaved"):
         raise RecipeError(f"recipe: data.mixture: {trained.name} is trained on captions")
     if trained.batches != "contrastive" and source.text.tokenizer is None:
         raise RecipeError(f"recipe: data.text.tokenizer must be set for {trained.name}")

@@ -35,12 +35,15 @@ class GroupRules:
         layer_decay: the rate of block i of L (from 0) is lr * layer_decay**(L - i), that of what
             stands before the blocks lr * layer_decay**(L + 1), of what follows lr (BEiT, arXiv
             2106.08254, appendix).
+        layer_decay_in: shell patterns of the names that layer decay applies to (those of the image
+            encoder, say); blocks of others learn at lr.
         rates: shell pattern of names -> factor of lr; factors of all patterns that match multiply.
         no_decay: shell patterns of names.
     """
 
     weight_decay: float = 0.0
     layer_decay: float = 1.0
+    layer_decay_in: Sequence[str] = ("*",)
     rates: Mapping[str, float] = field(default_factory=dict)
     no_decay: Sequence[str] = NO_DECAY
 
@@ -61,7 +64,7 @@ def parameter_groups(model: nn.Module, lr: float, rules: GroupRules) -> list[dic
     for pattern in rules.rates:
         if not any(fnmatchcase(name, pattern) for name in trained):
             raise ValueError(f"parameter_groups: no trained parameter matches rates[{pattern!r}]")
-    factors = _layer_factors(model, rules.layer_decay)
+    factors = _layer_factors(model, rules.layer_decay, rules.layer_decay_in)
 
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in trained.items():
@@ -77,11 +80,17 @@ def parameter_groups(model: nn.Module, lr: float, rules: GroupRules) -> list[dic
     return list(groups.values())
 
 
-def _layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
+def _layer_factors(model: nn.Module, decay: float, patterns: Sequence[str]) -> dict[str, float]:
     """Name -> factor of the rate, for parameters in or before a list of numbered blocks."""
     if decay == 1.0:
         return {}
-    names = [name for name, _ in model.named_parameters()]
+    names = [
+        name
+        for name, _ in model.named_parameters()
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    ]
+    if not names:
+        raise ValueError(f"parameter_groups: no parameter matches layer_decay_in {list(patterns)}")
     depth: dict[str, int] = {}
     for name in names:
         if match := _BLOCK.match(name):

@@ -68,12 +68,14 @@ class MixtureConfig:
         path: a table of JSON lines. Not used by ``emoji``, where the entry's name is the kind.
         kind: of its questions; see ``mmkern.data.TEMPLATES``.
         options: further keyword arguments of ``QuestionDataset.from_jsonl``.
+        pictures: false for questions without any (``TextQuestions``; InternLM-XComposer2 only).
     """
 
     weight: float = 1.0
     path: str | None = None
     kind: str = "question"
     options: dict[str, Any] = field(default_factory=dict)
+    pictures: bool = True
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,9 @@ class TextConfig:
         prompt_length, answer_length: tokens at most.
         bos: begin texts with the tokenizer's first token; ``label_bos``: and train on it.
         end: text that ends an answer; null is the tokenizer's own end.
+        max_length: tokens of a row of text and images (InternLM-XComposer2).
+        chat: the two tokens that begin and end a turn: prompts and answers are then turns of a
+            conversation (InternLM-XComposer2).
     """
 
     tokenizer: str | None = None
@@ -100,9 +105,12 @@ class TextConfig:
     bos: bool = False
     label_bos: bool = False
     end: str | None = None
+    max_length: int = 4096
+    chat: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
-        for key, least in (("length", 3), ("prompt_length", 3), ("answer_length", 1)):
+        least_of = {"length": 3, "prompt_length": 3, "answer_length": 1, "max_length": 2}
+        for key, least in least_of.items():
             value = getattr(self, key)
             _require(value >= least, f"data.text.{key}", f"at least {least}", value)
 
@@ -171,6 +179,7 @@ class TrainConfig:
         schedule: after ``warmup_steps`` linear ones. ``warmup_steps`` below 1 is a share of all.
         min_lr: where the cosine ends.
         layer_decay: the rate of block i of L is lr * layer_decay**(L - i); 1 switches it off.
+        layer_decay_in: shell patterns of the parameter names that it applies to.
         rates: shell patterns of parameter names -> factor of lr (a fresh projector's, say).
         freeze: shell patterns of parameter names that are not trained.
         max_grad_norm: clip gradients to this norm; null does not.
@@ -189,6 +198,7 @@ class TrainConfig:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     min_lr: float = 0.0
     layer_decay: float = 1.0
+    layer_decay_in: tuple[str, ...] = ("*",)
     rates: dict[str, float] = field(default_factory=dict)
     freeze: tuple[str, ...] = ()
     max_grad_norm: float | None = None

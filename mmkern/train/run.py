@@ -181,7 +181,7 @@ def build_model(recipe: Recipe, *, fresh: bool = True) -> nn.Module:
     if fresh and recipe.model.weights is not None:
         checkpoint.load_strict(model, recipe.model.weights)
     if recipe.model.language_model_dtype != "fp32":
-        model.language_model.to(_DTYPES[recipe.model.language_model_dtype])
+        model.cast_language_model(_DTYPES[recipe.model.language_model_dtype])
     return model
 
 
@@ -204,6 +204,7 @@ def stage(recipe: Recipe) -> Stage:
         groups=GroupRules(
             weight_decay=settings.weight_decay,
             layer_decay=settings.layer_decay,
+            layer_decay_in=settings.layer_decay_in,
             rates=settings.rates,
         ),
     )

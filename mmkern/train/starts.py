@@ -109,6 +109,8 @@ def _qformer(model: Any, source: str, load_run: LoadRun) -> None:
 def _language_model(model: Any, source: str, load_run: LoadRun) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    from mmkern.models.internlm2 import InternLM2ForCausalLM
+
     if source == PACKAGED["language_model"]:
         from mmkern.models.packaged import smollm2
 
@@ -122,7 +124,10 @@ def _language_model(model: Any, source: str, load_run: LoadRun) -> None:
     own = model.language_model.get_input_embeddings().weight.shape
     if found.get_input_embeddings().weight.shape[0] < own[0]:
         found.resize_token_embeddings(own[0])  # published vocabularies are padded
-    _copy(model.language_model, found.state_dict(), lambda name: True)
+    if isinstance(model, InternLM2ForCausalLM):
+        model.load_llama(found)
+    else:
+        _copy(model.language_model, found.state_dict(), lambda name: True)
 
 
 def _projection(model: Any, source: str, load_run: LoadRun) -> None:
