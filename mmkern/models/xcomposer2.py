@@ -158,21 +158,16 @@ class XComposer2ForConditionalGeneration(InternLM2ForCausalLM):
                 them, and ids outside the vocabulary.
         """
         features = None
-        given = pixel_values is not None and len(pixel_values) > 0
-        if input_ids is not None and inputs_embeds is None and past_key_values is not None:
-            inputs_embeds = self.model.tok_embeddings(input_ids)  # what was generated is text
-        elif input_ids is not None and inputs_embeds is None:
-            if spans is None:
-                spans = VisualSpans.from_mask(input_ids == self.config.image_token_index)
-            counts = self._counts(pixel_values)
-            features = self.image_features(pixel_values) if given else None
-            inputs_embeds = self.embed(input_ids, features, spans, counts)
-            if labels is not None:
-                self._check_labels(input_ids, labels)
+        if input_ids is not None and inputs_embeds is None:
+            if past_key_values is not None and past_key_values.get_seq_length() > 0:
+                inputs_embeds = self.model.tok_embeddings(input_ids)  # what was generated is text
+            else:
+                if labels is not None:
+                    self._check_labels(input_ids, labels)
+                inputs_embeds, features, spans = self._inputs(input_ids, pixel_values, spans)
         if inputs_embeds is None:
             raise ValueError("XComposer2.forward: give input_ids or inputs_embeds")
         spans = VisualSpans.from_mask(spans) if isinstance(spans, Tensor) else spans
-        spans = None if spans is None else spans.to(inputs_embeds.device)
         wants_language = labels is not None and self.config.language_weight > 0
         found = super().forward(
             attention_mask=attention_mask,
@@ -195,7 +190,7 @@ class XComposer2ForConditionalGeneration(InternLM2ForCausalLM):
         if labels is None:
             return output
         losses = [] if found.loss is None else [self.config.language_weight * found.loss]
-        if self.config.contrastive_weight and features is not None:
+        if self.config.contrastive_weight and (features is not None or group is not None):
             output.loss_contrastive = self._contrast(
                 found.hidden_states[0], inputs_embeds, attention_mask, labels, spans, group
             )
@@ -226,50 +221,64 @@ class XComposer2ForConditionalGeneration(InternLM2ForCausalLM):
                 )
         return [self.config.image_tokens(*image.shape[1:]) for image in pixel_values]
 
+    def _inputs(
+        self, input_ids: Tensor, pixel_values: Pixels | None, spans: VisualSpans | Tensor | None
+    ) -> tuple[Tensor, Tensor | None, VisualSpans]:
+        """Embeddings, the images' features, spans; all is checked before anything is computed."""
+        spans = self._placeholders(input_ids, spans)
+        check_images(spans, self._counts(pixel_values))
+        given = pixel_values is not None and len(pixel_values) > 0
+        features = self.image_features(pixel_values) if given else None
+        spans = spans.to(input_ids.device)
+        return self.embed(input_ids, features, spans), features, spans
+
+    def _placeholders(
+        self, input_ids: Tensor, spans: VisualSpans | Tensor | None
+    ) -> VisualSpans:
+        """Spans of the image token; on a CPU they and the other ids are checked."""
+        token, vocabulary = self.config.image_token_index, self.config.vocab_size
+        visual = input_ids == token
+        given = visual if spans is None else spans
+        found = VisualSpans.from_mask(given) if isinstance(given, Tensor) else given
+        if input_ids.device.type != "cpu" or torch.compiler.is_compiling():
+            return found
+        if found.shape != tuple(visual.shape) or not torch.equal(found.to_mask(), visual):
+            raise ValueError(
+                f"XComposer2: spans must be the places of the image token {token} in input_ids"
+            )
+        ids = input_ids.masked_fill(visual, 0)
+        low, high = (int(bound) for bound in ids.aminmax()) if ids.numel() else (0, 0)
+        if low < 0 or high >= vocabulary:
+            raise ValueError(
+                f"XComposer2: input_ids must lie in [0, {vocabulary}) or be the image token "
+                f"{token}, got {low} to {high}"
+            )
+        return found
+
     def embed(
         self,
         input_ids: Tensor,
         features: Tensor | None,
         spans: VisualSpans | Tensor | None = None,
-        counts: Sequence[int] | None = None,
     ) -> Tensor:
         """Embeddings [B, L, W] of the ids, with the images' features [rows, W] in their places.
 
         Args:
             spans: the placeholders' rows; by default found in the ids.
-            counts: rows of each image; None: only their sum is compared with the placeholders.
 
         Raises:
-            ValueError: see ``forward``.
+            ValueError: as many placeholders as rows are needed.
         """
-        token, table = self.config.image_token_index, self.model.tok_embeddings
-        on_host = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
-        visual = input_ids == token
-        if spans is None:
-            spans = visual
-        if isinstance(spans, Tensor):
-            spans = VisualSpans.from_mask(spans)
-        if on_host and not torch.equal(spans.to_mask(), visual):
-            raise ValueError(
-                f"XComposer2: spans must be the places of the image token {token} in input_ids"
-            )
+        visual = input_ids == self.config.image_token_index
+        if not isinstance(spans, VisualSpans):
+            spans = VisualSpans.from_mask(visual if spans is None else spans)
         rows = 0 if features is None else len(features)
-        if counts is not None:
-            check_images(spans, counts)
         if spans.runs is not None and len(spans.rows) != rows:
             raise ValueError(
                 f"XComposer2: input_ids have {len(spans.rows)} image tokens, the features {rows} "
                 "rows"
             )
-        ids = input_ids.masked_fill(visual, 0)
-        if on_host and ids.numel():
-            low, high = (int(bound) for bound in ids.aminmax())
-            if low < 0 or high >= table.num_embeddings:
-                raise ValueError(
-                    f"XComposer2: input_ids must lie in [0, {table.num_embeddings}) or be the "
-                    f"image token {token}, got {low} to {high}"
-                )
-        embeddings = table(ids)
+        embeddings = self.model.tok_embeddings(input_ids.masked_fill(visual, 0))
         if features is None:
             return embeddings
         flat = embeddings.reshape(-1, embeddings.shape[-1])
@@ -341,12 +350,10 @@ class XComposer2ForConditionalGeneration(InternLM2ForCausalLM):
         """
         if input_ids is None:
             raise ValueError("XComposer2.generate: input_ids must be given")
-        given = pixel_values is not None and len(pixel_values) > 0
         visual = input_ids == self.config.image_token_index
-        counts = self._counts(pixel_values)
-        features = self.image_features(pixel_values) if given else None
-        embeddings = self.embed(input_ids, features, spans, counts)
-        inputs: dict[str, Any] = {"spans": visual} if given else {}
+        embeddings, features, _ = self._inputs(input_ids, pixel_values, spans)
+        # A mask, so that transformers repeats it with the prompt for every beam.
+        inputs: dict[str, Any] = {} if features is None else {"spans": visual}
         inputs["attention_mask"] = (
             torch.ones_like(input_ids) if attention_mask is None else attention_mask
         )
