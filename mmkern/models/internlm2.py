@@ -96,7 +96,7 @@ class Attention(nn.Module):
         width, heads, kv_heads = (
             config.hidden_size,
             config.num_attention_heads,
-            config.num_key_value_heads,
+            config.num_key_value_heads or config.num_attention_heads,
         )
         self.layer, self.kv_heads, self.groups = layer, kv_heads, heads // kv_heads
         self.head_dim = width // heads
@@ -139,7 +139,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor, spans: VisualSpans | None) -> Tensor:
         pair = (self.w1, self.w3)
         if all(type(layer) is PLoRALinear for layer in pair):  # and not wrapped by PEFT
-            gate, up = PLoRALinear.together(pair, x, spans)
+            gate, up = PLoRALinear.together(pair, x, spans)  # type: ignore[arg-type]
         else:
             gate, up = (layer(x, spans) for layer in pair)
         return self.w2(F.silu(gate) * up, spans)
@@ -176,10 +176,10 @@ class InternLM2PreTrainedModel(PreTrainedModel):
         # transformers calls this for modules that a checkpoint left out, children first.
         if isinstance(module, PLoRALinear | _Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+            module.reset_parameters()  # type: ignore[operator]
 
 
 class InternLM2Model(InternLM2PreTrainedModel):
@@ -197,7 +197,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.tok_embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.tok_embeddings = value
 
     def forward(
@@ -223,10 +223,12 @@ class InternLM2Model(InternLM2PreTrainedModel):
                 f"InternLM2: attention_mask must be {[batch, past + length]}, one entry a token "
                 f"and cached token, got {list(attention_mask.shape)}"
             )
-        if position_ids is None and attention_mask is None:
-            position_ids = torch.arange(past, past + length, device=embeddings.device)[None]
-        elif position_ids is None:
-            position_ids = positions(attention_mask)[:, past:]
+        if position_ids is None:
+            position_ids = (
+                torch.arange(past, past + length, device=embeddings.device)[None]
+                if attention_mask is None
+                else positions(attention_mask)[:, past:]
+            )
         cos, sin = self._rotation(position_ids, past + length)
         mask = causal_intervals(attention_mask, length, past + length, embeddings.device)
         groups, kv_row = self.config.num_attention_heads // self.config.num_key_value_heads, None
@@ -324,14 +326,14 @@ class InternLM2ForCausalLM(InternLM2PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.tok_embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.model.tok_embeddings = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.output
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.output = new_embeddings
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.output = new_embeddings  # type: ignore[assignment]
 
     def forward(
         self,

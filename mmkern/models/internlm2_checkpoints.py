@@ -81,7 +81,8 @@ def from_llama(state: State, config: Any) -> State:
     kv_heads = config.num_key_value_heads
     names = {theirs: ours for ours, theirs in _PARTS.items()}
     outside = {theirs: ours for ours, theirs in _OUTSIDE.items()}
-    found, packed = {}, {}
+    found: State = {}
+    packed: dict[tuple[str, str], State] = {}
     for key, value in state.items():
         if key.endswith("rotary_emb.inv_freq"):
             continue

@@ -78,7 +78,7 @@ class XComposer2ForConditionalGeneration(InternLM2ForCausalLM):
 
     config_class = XComposer2Config
     base_model_prefix = "model"
-    _no_split_modules = ("InternLM2DecoderLayer", "Block")
+    _no_split_modules = ("InternLM2DecoderLayer", "Block")  # type: ignore[assignment]
 
     def build(self, config: Any) -> None:
         """The image side: ``vit.*``, ``vision_proj.{0,2}.*`` and, for tiles, ``plora_*_GN``."""
@@ -122,7 +122,7 @@ class XComposer2ForConditionalGeneration(InternLM2ForCausalLM):
             with torch.no_grad():
                 self.contrast.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         pixel_values: Pixels | None = None,
@@ -191,6 +191,7 @@ class XComposer2ForConditionalGeneration(InternLM2ForCausalLM):
             return output
         losses = [] if found.loss is None else [self.config.language_weight * found.loss]
         if self.config.contrastive_weight and (features is not None or group is not None):
+            assert spans is not None  # of _inputs
             output.loss_contrastive = self._contrast(
                 found.hidden_states[0], inputs_embeds, attention_mask, labels, spans, group
             )
@@ -207,7 +208,7 @@ class XComposer2ForConditionalGeneration(InternLM2ForCausalLM):
             tokens = tiled_tokens(self.vit, list(pixel_values), separator, newline)
         else:
             tokens = self.vit(pixel_values).flatten(0, 1)
-        return self.vision_proj(tokens.to(self.vision_proj[0].weight.dtype))
+        return self.vision_proj(tokens.to(self.vision_proj[0].weight.dtype))  # type: ignore[arg-type]
 
     def _counts(self, pixel_values: Pixels | None) -> list[int]:
         """Tokens of each image."""
@@ -228,13 +229,11 @@ class XComposer2ForConditionalGeneration(InternLM2ForCausalLM):
         spans = self._placeholders(input_ids, spans)
         check_images(spans, self._counts(pixel_values))
         given = pixel_values is not None and len(pixel_values) > 0
-        features = self.image_features(pixel_values) if given else None
+        features = self.image_features(pixel_values) if given else None  # type: ignore[arg-type]
         spans = spans.to(input_ids.device)
         return self.embed(input_ids, features, spans), features, spans
 
-    def _placeholders(
-        self, input_ids: Tensor, spans: VisualSpans | Tensor | None
-    ) -> VisualSpans:
+    def _placeholders(self, input_ids: Tensor, spans: VisualSpans | Tensor | None) -> VisualSpans:
         """Spans of the image token; on a CPU they and the other ids are checked."""
         token, vocabulary = self.config.image_token_index, self.config.vocab_size
         visual = input_ids == token
