@@ -12,6 +12,7 @@ from mmkern.data.images import (
     open_image,
 )
 from mmkern.data.instructions import TEMPLATES, Question
+from mmkern.data.interleaved import InterleavedCollator
 from mmkern.data.language import CausalCollator, PretrainingCollator, Seq2SeqCollator, Texts
 from mmkern.data.mixture import Mixture
 from mmkern.data.pairs import PairDataset, PairError
@@ -33,6 +34,7 @@ __all__ = [
     "EmojiQuestions",
     "EmojiView",
     "ImageError",
+    "InterleavedCollator",
     "Mixture",
     "PairDataset",
     "PairError",
