@@ -6,12 +6,15 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmkern import data
+from mmkern.compose.emoji import PICTURE_CHOICE, EmojiChoice
+from mmkern.compose.tasks import DocumentTasks
 from mmkern.data.emoji import cache_directory
-from mmkern.train.recipe import DataConfig, Recipe, RecipeError, nearest
+from mmkern.train.recipe import DataConfig, MixtureConfig, Recipe, RecipeError, nearest
 from mmkern.train.systems import System, system
 
 READERS: dict[str, Callable[..., Any]] = {
@@ -20,6 +23,10 @@ READERS: dict[str, Callable[..., Any]] = {
     "jsonl": data.PairDataset.from_jsonl,
     "shards": data.ShardDataset,
 }
+# Batches of a language model, which questions can be asked of.
+_TEXTS = ("language", "interleaved")
+# The kind of a table whose rows are articles with pictures (docs/composition.md).
+DOCUMENTS = "documents"
 
 
 @dataclass(frozen=True)
@@ -44,9 +51,7 @@ def build_data(recipe: Recipe, model: Any, rank: int = 0, world_size: int = 1) -
     with as_recipe_error("data"):
         if source.source == "mixture":
             sets = {
-                name: data.QuestionDataset.from_jsonl(
-                    str(entry.path), kind=entry.kind, seed=seed, **entry.options
-                )
+                name: _table(entry)(str(entry.path), seed=seed, **entry.options)
                 for name, entry in source.mixture.items()
             }
             dataset: Any = _mixture(source, sets, seed)
@@ -54,9 +59,14 @@ def build_data(recipe: Recipe, model: Any, rank: int = 0, world_size: int = 1) -
             view = emoji_view(source, image_size(model))
             dataset = view
             if source.mixture:
-                kinds = {kind: data.EmojiQuestions(view, kind, seed) for kind in source.mixture}
+                kinds = {
+                    kind: EmojiChoice(view, seed)
+                    if kind == PICTURE_CHOICE
+                    else data.EmojiQuestions(view, kind, seed)
+                    for kind in source.mixture
+                }
                 dataset = _mixture(source, kinds, seed)
-            elif batches != "language":
+            elif batches not in _TEXTS:
                 rows = recipe.train.batch_size // world_size
                 labels = view.group_ids()
                 sampler = data.UniqueBatchSampler(
@@ -73,6 +83,13 @@ def emoji_view(source: DataConfig, size: int) -> data.EmojiView:
     """The emoji that a recipe trains on."""
     options = {"vendors": data.emoji.VENDORS, **source.options}
     return data.EmojiData.load(size).view(**options)
+
+
+def _table(entry: MixtureConfig) -> Callable[..., Any]:
+    """What reads a table of a mixture."""
+    if entry.kind == DOCUMENTS:
+        return DocumentTasks.from_jsonl
+    return partial(data.QuestionDataset.from_jsonl, kind=entry.kind)
 
 
 def _mixture(source: DataConfig, sets: Mapping[str, Any], seed: int) -> data.Mixture:
@@ -138,7 +155,10 @@ def _language_collator(recipe: Recipe, model: Any, transform: Any, texts: data.T
     }
     if settings.qformer_tokenizer is not None:
         options["qformer_tokenizer"] = load_tokenizer(settings.qformer_tokenizer)
-    arguments = (transform, tokenizer, config.num_query_tokens, config.image_token_index)
+    positions = getattr(model, "image_positions", config.num_query_tokens)
+    arguments = (transform, tokenizer, positions, config.image_token_index)
+    if system(recipe).batches == "interleaved":
+        return data.InterleavedCollator(*arguments, **options)
     if config.text_config.is_encoder_decoder:
         return data.Seq2SeqCollator(*arguments, **options)
     return data.CausalCollator(*arguments, label_bos=settings.label_bos, **options)
@@ -182,12 +202,18 @@ def check_data(recipe: Recipe, trained: System) -> None:
     transform: Any = data.ClipTransform
     if source.source == "emoji":
         allowed, transform = parameters(data.EmojiData.view), data.PixelTransform
-        check_keys("data.mixture", source.mixture, set(data.KINDS))
+        kinds = {*data.KINDS, PICTURE_CHOICE} if trained.batches == "interleaved" else data.KINDS
+        check_keys("data.mixture", source.mixture, set(kinds))
     elif source.source == "mixture":
         allowed = set()
-        reader = parameters(data.QuestionDataset.from_jsonl) - {"path", "kind", "seed"}
         for name, entry in source.mixture.items():
+            reader = parameters(_table(entry)) - {"path", "kind", "seed"}
             check_keys(f"data.mixture.{name}.options", entry.options, reader)
+            if entry.kind == DOCUMENTS and trained.batches != "interleaved":
+                raise RecipeError(
+                    f"recipe: data.mixture.{name}.kind: {trained.name} reads one picture a sample, "
+                    "not documents"
+                )
     else:
         allowed = parameters(READERS[source.source])
         allowed -= {"path", "folder", "shards", "seed", "rank", "world_size"}
@@ -199,7 +225,7 @@ def check_data(recipe: Recipe, trained: System) -> None:
         )
     augmentation = parameters(transform.__init__) - {"size", "mean", "std", "train"}
     check_keys("data.augment", source.augment or {}, augmentation)
-    if source.mixture and trained.batches != "language":
+    if source.mixture and trained.batches not in _TEXTS:
         raise RecipeError(f"recipe: data.mixture: {trained.name} is trained on captions")
     if trained.batches != "contrastive" and source.text.tokenizer is None:
         raise RecipeError(f"recipe: data.text.tokenizer must be set for {trained.name}")
