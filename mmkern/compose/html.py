@@ -28,7 +28,7 @@ _STYLE = (
 )
 
 
-def render(document: Document, pictures: str | Path, *, inline: bool = True) -> str:
+def render(document: Document, pictures: str | Path, *, link: str | None = None) -> str:
     """The page's HTML.
 
     Everything that comes from the document is escaped. Places without a picture are left out.
@@ -36,7 +36,8 @@ def render(document: Document, pictures: str | Path, *, inline: bool = True) -> 
     Args:
         document: the article.
         pictures: folder that its pictures' names are in.
-        inline: put the pictures into the page; otherwise it links to their files.
+        link: where the page finds that folder, a URL or a path from the page, and so links to the
+            pictures' files; None puts the pictures into the page.
 
     Raises:
         FileNotFoundError: a picture is not there.
@@ -54,7 +55,7 @@ def render(document: Document, pictures: str | Path, *, inline: bool = True) -> 
         lines.append(f"<p>{escape(section)}</p>")
         if (illustration := chosen.get(number)) is not None:
             words = escape(illustration.caption)
-            source = _source(Path(pictures), illustration.chosen or "", inline)
+            source = _source(Path(pictures), illustration.chosen or "", link)
             lines.append(
                 f'<figure><img src="{source}" alt="{words}">'
                 f"<figcaption>{words}</figcaption></figure>"
@@ -62,15 +63,15 @@ def render(document: Document, pictures: str | Path, *, inline: bool = True) -> 
     return "\n".join([*lines, "</body></html>", ""])
 
 
-def _source(folder: Path, name: str, inline: bool) -> str:
+def _source(folder: Path, name: str, link: str | None) -> str:
     root = folder.resolve()
     path = (root / name).resolve()
     if not path.is_relative_to(root):  # a document is data: it must not read other files
         raise CompositionError(f"html: picture {name!r} lies outside {folder}")
     if not path.is_file():
         raise FileNotFoundError(f"{folder / name}: no such picture")
-    if not inline:
-        return quote((folder / name).as_posix())
+    if link is not None:
+        return f"{quote(link.rstrip('/'), safe=':/')}/{quote(name)}"
     kind = _TYPES.get(path.suffix.lower())
     if kind is None:
         raise CompositionError(f"html: {name!r} is of no format that a page can hold")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkern.compose.document import Picture, Pieces
+from mmkern.compose.document import CompositionError, Picture, Pieces
 
 __all__ = ["CausalLanguageModel"]
 
@@ -73,7 +73,7 @@ class CausalLanguageModel:
         """See :class:`~mmkern.compose.steps.LanguageModel`. Penalties count what was said only.
 
         Raises:
-            ValueError: prompt and answer do not fit the model's positions.
+            CompositionError: prompt and answer do not fit the model's positions.
         """
         slots, pictures = self._read(prompt, begin)
         self._require_room(len(slots) + max_new_tokens)
@@ -104,7 +104,7 @@ class CausalLanguageModel:
         After a word a letter has a space before it: "Answer: A".
 
         Raises:
-            ValueError: a letter that is not one token there; a prompt beyond the model's positions.
+            CompositionError: a letter that is not one token there; a prompt beyond the model's positions.
         """
         tail = self.assistant + begin
         before = self._ids(tail, marks=True)
@@ -113,7 +113,7 @@ class CausalLanguageModel:
         for letter in letters:
             after = self._ids(f"{tail}{space}{letter}", marks=True)
             if after[:-1] != before:
-                raise ValueError(
+                raise CompositionError(
                     f"CausalLanguageModel: {letter!r} is not one token after {tail!r}, got "
                     f"{len(after) - len(before)}"
                 )
@@ -211,7 +211,7 @@ class CausalLanguageModel:
     def _require_room(self, positions: int) -> None:
         most = getattr(self.model.config, "max_position_embeddings", None)
         if most is not None and positions > most:
-            raise ValueError(
+            raise CompositionError(
                 f"CausalLanguageModel: prompt and answer take {positions} positions, the model has "
                 f"{most}"
             )

@@ -172,8 +172,8 @@ class XComposer(LanguageSide):
     ) -> Any:
         """transformers' ``generate``; prompt and what follows. Arguments as in :meth:`forward`.
 
-        Without ``input_ids`` each image is the prompt of a sample, with the language model's first
-        token behind it.
+        Without ``input_ids`` each image is the prompt of a sample, behind the language model's
+        first token.
         """
         if input_ids is None:
             if pixel_values is None:
@@ -183,10 +183,10 @@ class XComposer(LanguageSide):
         return self.generate_text(input_ids, attention_mask, features, options)
 
     def default_prompt(self, batch: int, device: torch.device) -> Tensor:
-        """An image and, where the language model has one, its beginning of a text."""
+        """The language model's beginning of a text, where it has one, and an image."""
         begin = self.config.text_config.bos_token_id
-        row = [self.config.image_token_index] * self.image_positions
-        row += [] if begin is None else [begin]
+        row = [] if begin is None else [begin]
+        row += [self.config.image_token_index] * self.image_positions
         return torch.tensor([row], device=device).repeat(batch, 1)
 
     def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:

@@ -124,7 +124,7 @@ def _language_model(model: Any, source: str, load_run: LoadRun) -> None:
     own = model.language_model.get_input_embeddings().weight.shape
     if found.get_input_embeddings().weight.shape[0] < own[0]:
         found.resize_token_embeddings(own[0])  # published vocabularies are padded
-    _copy(model.language_model, found.state_dict(), lambda name: True)
+    _copy(model.language_model, found.state_dict(), lambda name: ".lora_" not in name)
 
 
 def _projection(model: Any, source: str, load_run: LoadRun) -> None:

@@ -89,12 +89,12 @@ def test_page_shows_text_and_pictures(tmp_path: Path) -> None:
     document = Document(
         evil, (evil, "second"), (Illustration(0, f'{evil}" onload="y', (), 'a "b" <i>.png'),)
     )
-    for inline in (True, False):
-        page = Tags(render(document, tmp_path, inline=inline))
+    for link in (None, "../my pictures/"):
+        page = Tags(render(document, tmp_path, link=link))
         assert "script" not in page.names and page.names.count("img") == 1
         assert page.text.count(evil) == 4  # title, heading, paragraph, caption
         assert page.names.index("figure") == page.names.index("p") + 1
-        start = "data:image/png;base64," if inline else str(tmp_path)
+        start = "data:image/png;base64," if link is None else "../my%20pictures/a%20%22b%22"
         assert page.sources[0].startswith(start)
     assert Tags(render(document.delete(0), tmp_path)).names.count("img") == 0
 

@@ -116,7 +116,8 @@ def test_generation_goes_on_after_images() -> None:
         assert torch.equal(logits.argmax(1)[alive], following[alive])
         embeddings = torch.cat([embeddings, table(following)[:, None]], 1)
     alone = model.generate(pixel_values=inputs["pixel_values"], max_new_tokens=2)
-    assert alone.shape[1] > PLACES and (alone[:, :PLACES] == IMAGE).all()
+    assert (alone[:, 0] == 0).all() and (alone[:, 1 : 1 + PLACES] == IMAGE).all()
+    assert alone.shape[1] > 1 + PLACES
 
 
 @pytest.mark.parametrize(

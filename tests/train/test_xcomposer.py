@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mmkern import cli
 from mmkern.compose.document import Document, Illustration
@@ -93,24 +94,27 @@ def test_first_stage_with_a_frozen_language_model(
     rank: int, pattern: str, trained: str | None, runs: Path, tmp_path: Path
 ) -> None:
     """What the other orders of training cost could not be measured: they would not run."""
+    known = LlamaForCausalLM(LlamaConfig(**LANGUAGE))
+    known.save_pretrained(tmp_path / "language_model")
     values = tiny(runs, "xcomposer-pretrain-emoji", max_steps=2, rates={}).to_dict()
     values["model"]["overrides"]["lora_rank"] = rank
     values["model"]["language_model_dtype"] = "bf16"
+    values["model"]["start"]["language_model"] = f"{tmp_path}/language_model"
     values["train"]["freeze"].append(pattern)
     values["output_dir"] = f"{tmp_path}/first"
     run.train(Recipe.from_dict(values))
     one = state(tmp_path, "first")
     layer = "language_model.model.layers.0.mlp.up_proj"
-    fresh = run.build_model(Recipe.from_dict(values), fresh=False).state_dict()
-    assert torch.equal(one[f"{layer}.weight"], fresh[f"{layer}.weight"])
+    begun = known.state_dict()[f"{layer.removeprefix('language_model.')}.weight"]
+    assert torch.equal(one[f"{layer}.weight"], begun.bfloat16())
     assert trained is None or one[f"{layer}.{trained}"].any()
     values = tiny(runs, "xcomposer-emoji", max_steps=2).to_dict()
     values["model"]["overrides"]["lora_rank"] = 4
     values["model"]["start"] = {"earlier": f"{tmp_path}/first"}
     values["output_dir"] = f"{tmp_path}/second"
-    begun = run.build_model(Recipe.from_dict(values)).state_dict()
+    second = run.build_model(Recipe.from_dict(values)).state_dict()
     if trained is not None:
-        assert torch.equal(begun[f"{layer}.{trained}"], one[f"{layer}.{trained}"])
+        assert torch.equal(second[f"{layer}.{trained}"], one[f"{layer}.{trained}"])
     run.train(Recipe.from_dict(values))
 
 
