@@ -152,7 +152,7 @@ class CausalLanguageModel:
         if self._cache is None or kept == 0:
             self._cache, kept = None, 0
         elif kept < len(self._slots):
-            self._cache.crop(kept)
+            self._cache.crop(kept - len(self._slots))  # how many to remove, as a negative number
         self._slots = slots[:kept]
         new = slots[kept:]
         device = self.model.device

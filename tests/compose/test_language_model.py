@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mmkern.compose.document import CompositionError, Picture
 from mmkern.compose.language_model import CausalLanguageModel
-from mmkern.compose.steps import LETTERS, Settings, compose
+from mmkern.compose.steps import Settings, compose
 from tests.compose.scripted import Toy
 from tests.data.tokenizers import byte_level
 
@@ -42,6 +43,8 @@ def adapter(show: Any = features, **options: Any) -> CausalLanguageModel:
     return CausalLanguageModel(model, byte_level(), show, end=options.pop("end", 399), **options)
 
 
+# Letters that this small vocabulary has with a space before them.
+OPTIONS = [c for c in ascii_lowercase if len(byte_level()(f" {c}")["input_ids"]) == 1][:4]
 PROMPT = ["what is ", Picture("a.png"), " or ", Picture("b.png"), " here?"]
 
 
@@ -78,24 +81,25 @@ def test_greedy_words_are_the_models_own() -> None:
 def test_letters_in_one_forward_of_what_is_new() -> None:
     """A choice would compute the whole article again, or read the logits of other tokens."""
     lm = adapter()
-    found = lm.letter_logits(PROMPT, LETTERS, begin="Answer:")
+    found = lm.letter_logits(PROMPT, OPTIONS, begin="Answer:")
     logits = lm.model(inputs_embeds=embeddings(lm, "Answer:")).logits[0, -1]
-    ids = [byte_level()(f" {letter}")["input_ids"] for letter in LETTERS]
+    ids = [byte_level()(f" {letter}")["input_ids"] for letter in OPTIONS]
+    assert len({i for row in ids for i in row}) == 4
     expected = logits[torch.tensor(ids)[:, -1]]
     torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-4, atol=1e-4)
     whole = lm.computed
     assert whole == embeddings(lm, "Answer:").shape[1]
     longer = [*PROMPT[:4], " a tiger"]
-    found = lm.letter_logits(longer, LETTERS, begin="Answer:")
+    found = lm.letter_logits(longer, OPTIONS, begin="Answer:")
     fresh = adapter()
-    torch.testing.assert_close(found, fresh.letter_logits(longer, LETTERS, begin="Answer:"))
+    torch.testing.assert_close(found, fresh.letter_logits(longer, OPTIONS, begin="Answer:"))
     shared = len(byte_level()("what is ")["input_ids"]) + 6 + len(byte_level()(" or ")["input_ids"])
     assert lm.computed - whole == fresh.computed - shared
     # Other pictures under the same words are no shared beginning.
     other = ["what is ", Picture("c.png"), *PROMPT[2:4], " a tiger"]
     torch.testing.assert_close(
-        lm.letter_logits(other, LETTERS, begin="Answer:"),
-        adapter().letter_logits(other, LETTERS, begin="Answer:"),
+        lm.letter_logits(other, OPTIONS, begin="Answer:"),
+        adapter().letter_logits(other, OPTIONS, begin="Answer:"),
     )
 
 
