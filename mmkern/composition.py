@@ -1,4 +1,4 @@
-"""What ``mmkern compose`` does: composition with the models that packages, folders and runs hold."""
+"""What ``mmkern compose`` does: composition with models from packages, folders and runs."""
 
 from __future__ import annotations
 
@@ -122,7 +122,9 @@ def _language_model(name: str, pictures: Path) -> CausalLanguageModel:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         if not Path(name).is_dir():
-            raise FileNotFoundError(f"--language-model {name}: smollm2, or a folder; no such folder")
+            raise FileNotFoundError(
+                f"--language-model {name}: smollm2, or a folder; no such folder"
+            )
         model = AutoModelForCausalLM.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
     user, assistant = _marks(tokenizer)

@@ -1,4 +1,4 @@
-"""Which of four pictures belongs into a text: step 5 of composition on emoji, with answers known."""
+"""Which of four pictures belongs into a text: composition's choice on emoji, answers known."""
 
 from __future__ import annotations
 

@@ -104,7 +104,8 @@ class CausalLanguageModel:
         After a word a letter has a space before it: "Answer: A".
 
         Raises:
-            CompositionError: a letter that is not one token there; a prompt beyond the model's positions.
+            CompositionError: a letter that is not one token there; a prompt that does not fit the
+                model's positions.
         """
         tail = self.assistant + begin
         before = self._ids(tail, marks=True)
@@ -233,6 +234,4 @@ def _penalised(logits: Tensor, said: Sequence[int], penalty: float) -> Tensor:
         return logits
     seen = torch.tensor(sorted(set(said)), device=logits.device)
     values = logits[seen]
-    return logits.index_put(
-        (seen,), torch.where(values > 0, values / penalty, values * penalty)
-    )
+    return logits.index_put((seen,), torch.where(values > 0, values / penalty, values * penalty))

@@ -1,4 +1,4 @@
-"""Composition in steps: article, places for pictures, captions, retrieval, choice; and edits.
+"""Composition in steps: article, places for pictures, captions, retrieval, choice.
 
 The procedure is that of InternLM-XComposer (Zhang et al., arXiv 2309.15112, and its released code);
 the words of the prompts are ours. Every step is a function of what it is given: a language model,
@@ -24,16 +24,13 @@ __all__ = [
     "LanguageModel",
     "Retriever",
     "Settings",
-    "add",
     "article",
     "caption",
-    "change_count",
     "choose",
     "compose",
     "illustrate",
     "locations",
     "parse_locations",
-    "recaption",
     "split_sections",
 ]
 
@@ -142,8 +139,9 @@ def caption_prompt(document: Document, after: int) -> tuple[Pieces, str]:
         lines.append(section)
         if captions.get(number):
             lines.append(f'[Picture: "{captions[number]}"]')
-    lines.append("What does a picture show that fits here? Answer with its caption.")
-    return ["\n".join(lines)], 'The caption: "'
+    last = document.sections[after]
+    lines.append(f'Describe a picture for the last paragraph, "{last}", in a few words.')
+    return ["\n".join(lines)], '"A picture of'
 
 
 def choice_prompt(
@@ -241,9 +239,7 @@ def parse_locations(said: str, sections: int, count: int | None = None) -> tuple
     return tuple(sorted(valid))
 
 
-def caption(
-    lm: LanguageModel, document: Document, after: int, settings: Settings = DEFAULT
-) -> str:
+def caption(lm: LanguageModel, document: Document, after: int, settings: Settings = DEFAULT) -> str:
     """Step 3, what the picture after a section should show; ends at the closing quote.
 
     Raises:
@@ -353,70 +349,6 @@ def illustrate(
     found = retrieve(retriever, own.caption, others, settings)
     document = document.put(dataclasses.replace(own, candidates=found, chosen=None))
     return document.replace(after, choose(lm, document, after))
-
-
-# Edits
-
-
-def add(
-    lm: LanguageModel,
-    retriever: Retriever,
-    document: Document,
-    after: int,
-    settings: Settings = DEFAULT,
-) -> Document:
-    """With one more illustration, whose caption and picture the model chooses.
-
-    Raises:
-        CompositionError: there is one already, or no such section.
-    """
-    if any(i.after == after for i in document.illustrations):
-        raise CompositionError(f"add: section {after} has an illustration already")
-    words = caption(lm, document, after, settings)
-    return illustrate(lm, retriever, document.put(Illustration(after, words)), after, settings)
-
-
-def recaption(
-    lm: LanguageModel,
-    retriever: Retriever,
-    document: Document,
-    after: int,
-    words: str | None = None,
-    settings: Settings = DEFAULT,
-) -> Document:
-    """With another caption after a section, given or the model's, and a picture chosen for it."""
-    old = document.at(after)
-    if words is None:
-        words = caption(lm, document.delete(after), after, settings)
-    elif not words.strip():
-        raise CompositionError(f"recaption: the caption after section {after} is empty")
-    changed = document.put(dataclasses.replace(old, caption=" ".join(words.split())))
-    return illustrate(lm, retriever, changed, after, settings)
-
-
-def change_count(
-    lm: LanguageModel,
-    retriever: Retriever,
-    document: Document,
-    count: int,
-    settings: Settings = DEFAULT,
-) -> Document:
-    """With `count` illustrations: the model names the places anew; what stands there stays.
-
-    Fewer if the model names fewer places.
-
-    Raises:
-        CompositionError: more illustrations than sections; see :func:`parse_locations`.
-    """
-    places = locations(lm, document.title, document.sections, count, settings)
-    for illustration in document.illustrations:
-        if illustration.after not in places:
-            document = document.delete(illustration.after)
-    present = {illustration.after for illustration in document.illustrations}
-    for after in places:
-        if after not in present:
-            document = add(lm, retriever, document, after, settings)
-    return document
 
 
 def _check_count(count: int | None, sections: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ asked in training what it will be asked in composing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def location_task(document: Document) -> Task:
 
 
 def caption_task(document: Document, after: int) -> Task:
-    """Text up to a place and the captions before it -> its caption, in quotes.
+    """Text up to a place and the captions before it -> "A picture of ...", in quotes.
 
     Raises:
         CompositionError: no illustration there, or one without a caption.
@@ -68,7 +68,7 @@ def caption_task(document: Document, after: int) -> Task:
     if not words:
         raise CompositionError(f"caption task: no caption after section {after}")
     prompt, begin = caption_prompt(document, after)
-    return _task("captions", prompt, f'{begin}{words}"')
+    return _task("captions", prompt, f'{begin} {words}"')
 
 
 def choice_task(

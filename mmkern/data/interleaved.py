@@ -1,6 +1,6 @@
 """Texts with pictures in any places, as batches: what InternLM-XComposer reads.
 
-A sample has ``pieces``, texts and pictures in order, and an ``answer``, which is trained on. Samples
+A sample has ``pieces``, texts and pictures in order, and an ``answer``, which is trained on. Those
 of other data sets are turned into such: a picture with a caption or a question is
 ``[picture, prompt]`` with its answer, and a lone ``text`` is an answer without a prompt.
 """
@@ -26,8 +26,8 @@ class InterleavedCollator(CausalCollator):
     """``[bos][pieces][answer][eos][pads]``, any number of pictures a sample, none too.
 
     Gives ``input_ids``, ``attention_mask`` and ``labels`` int64 [B, L], ``image_counts`` int64 [B],
-    and ``pixel_values`` [pictures of all samples, 3, H, W] in order of samples and places; without
-    a picture in the batch there are no ``pixel_values``. A picture takes ``image_tokens`` positions.
+    and ``pixel_values`` [all pictures, 3, H, W] in order of samples and places; without a picture
+    in the batch there are no ``pixel_values``. A picture takes ``image_tokens`` positions.
 
     Arguments are :class:`CausalCollator`'s. ``prompt_length`` counts the positions of pictures too:
     of a longer prompt the beginning is cut, but never a picture.
@@ -83,8 +83,8 @@ class InterleavedCollator(CausalCollator):
             pieces.append(own)
             ends.append((tail, answer if answers else ""))
         rows = []
-        for number, (tail, answer) in enumerate(self._whole_prompts(ends)):
-            rows.append((self._before(number, pieces[number], tail), answer))
+        for number, (last, said) in enumerate(self._whole_prompts(ends)):
+            rows.append((self._before(number, pieces[number], last), said))
         return (self._pictures(pieces, keys) if pictures else {}), rows
 
     def _pieces(self, sample: Sample, key: Keys) -> tuple[list[Any], str]:

@@ -223,9 +223,7 @@ class _LanguageCollator(_Collator):
         """Ids of prompt and answer of each pair, cut to their lengths, from one tokenisation."""
         return [(p[-self.prompt_length :], answer) for p, answer in self._whole_prompts(pairs)]
 
-    def _whole_prompts(
-        self, pairs: Sequence[tuple[str, str]]
-    ) -> list[tuple[list[int], list[int]]]:
+    def _whole_prompts(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """The same before prompts are cut."""
         whole, borders = [], []
         for prompt, answer in pairs:

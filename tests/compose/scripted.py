@@ -26,9 +26,7 @@ class Script:
         self.calls.append({"prompt": list(prompt), **options})
         return self.said.pop(0)
 
-    def letter_logits(
-        self, prompt: Any, letters: Sequence[str], *, begin: str = ""
-    ) -> list[float]:
+    def letter_logits(self, prompt: Any, letters: Sequence[str], *, begin: str = "") -> list[float]:
         self.choices.append((list(prompt), list(letters)))
         return list(self.logits.pop(0)) if self.logits else [0.0] * len(letters)
 

@@ -50,7 +50,9 @@ def test_mistakes_are_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A mistyped folder would cost the loading of a language model, and end in a traceback."""
-    monkeypatch.setattr(composition, "_language_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        composition, "_language_model", lambda *_: pytest.fail("a model was loaded")
+    )
     assert cli.main(arguments(folder, **changes)) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert said[-1].startswith("mmkern compose: ") and message in said[-1]

@@ -72,7 +72,9 @@ def test_greedy_words_are_the_models_own() -> None:
         x = torch.cat([x, lm.model.get_input_embeddings()(torch.tensor([[ids[-1]]]))], 1)
     assert said == byte_level().decode(ids, skip_special_tokens=True)
     stop = said[4]
-    assert lm.generate(PROMPT, begin="the", stop=stop, max_new_tokens=12) == said[: said.index(stop)]
+    assert (
+        lm.generate(PROMPT, begin="the", stop=stop, max_new_tokens=12) == said[: said.index(stop)]
+    )
     again = adapter(end=ids[3]).generate(PROMPT, begin="the", max_new_tokens=12)
     assert again == byte_level().decode(ids[: ids.index(ids[3])], skip_special_tokens=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmkern.compose import steps
+from mmkern.compose import edits, steps
 from mmkern.compose.document import CompositionError, Document, Illustration
 from mmkern.compose.steps import Settings, compose, parse_locations, split_sections
 from tests.compose.scripted import Script, Toy, pictures
@@ -54,7 +54,7 @@ def test_prompts_hold_what_a_step_may_see() -> None:
     assert "tiger sleeps" in earlier and "banana" not in earlier
     assert "banana" in later and '"a tiger"' in later and "clock" not in later
     for call in lm.calls[2:]:
-        assert call["stop"] == '"' and call["begin"].endswith('"')
+        assert call["stop"] == '"' and call["begin"] == '"A picture of'
         assert call["repetition_penalty"] == 5.0 and call["max_new_tokens"] == 100
     # Long beginnings are shared: only what is new has to be computed.
     assert later.startswith(earlier.rpartition("\n")[0])
@@ -131,20 +131,20 @@ def test_edits_change_what_they_say() -> None:
     assert [i.after for i in document.delete(0).illustrations] == [2]
     assert document.replace(2, "violin.png").at(2).chosen == "violin.png"
     toy = Toy()
-    added = steps.add(Script('a ripe banana"', logits=[[0, 9, 0, 0]]), toy, document, 1)
+    added = edits.add(Script('a ripe banana"', logits=[[0, 9, 0, 0]]), toy, document, 1)
     assert [i.after for i in added.illustrations] == [0, 1, 2]
     assert added.at(1).chosen == added.at(1).candidates[1]
     assert toy.asked[-1][1] == {"tiger.png", "clock.png"}
     with pytest.raises(CompositionError, match="has an illustration already"):
-        steps.add(Script(), toy, document, 0)
+        edits.add(Script(), toy, document, 0)
     # Its own picture may be taken again, the others' may not.
-    again = steps.recaption(Script(logits=[[9, 0, 0, 0]]), toy, document, 0, "the tiger, awake")
+    again = edits.recaption(Script(logits=[[9, 0, 0, 0]]), toy, document, 0, "the tiger, awake")
     assert again.at(0).caption == "the tiger, awake" and again.at(0).chosen == "tiger.png"
     assert toy.asked[-1][1] == {"clock.png"}
-    own = steps.recaption(Script('snow"', logits=[[9, 0, 0, 0]]), toy, document, 0)
+    own = edits.recaption(Script('snow"', logits=[[9, 0, 0, 0]]), toy, document, 0)
     assert (own.at(0).caption, own.at(0).chosen) == ("snow", "snow.png")
     with pytest.raises(CompositionError, match="the caption after section 0 is empty"):
-        steps.recaption(Script(), toy, document, 0, " ")
+        edits.recaption(Script(), toy, document, 0, " ")
     assert document.to_json() == before
 
 
@@ -152,12 +152,12 @@ def test_count_of_pictures_changes() -> None:
     """More pictures would replace the ones that were liked; fewer would keep the wrong ones."""
     document = illustrated()
     lm = Script("0> <Seg1>", 'fruit"', logits=[[9, 0, 0, 0]])
-    changed = steps.change_count(lm, Toy(), document, 2)
+    changed = edits.change_count(lm, Toy(), document, 2)
     assert [i.after for i in changed.illustrations] == [0, 1]
     assert changed.at(0) == document.at(0)
-    assert steps.change_count(Script(), Toy(), document, 0).illustrations == ()
+    assert edits.change_count(Script(), Toy(), document, 0).illustrations == ()
     with pytest.raises(CompositionError, match="count must be 0 to 3"):
-        steps.change_count(Script(), Toy(), document, 4)
+        edits.change_count(Script(), Toy(), document, 4)
 
 
 def test_own_text_and_places() -> None:

@@ -10,7 +10,14 @@ from PIL import Image
 
 from mmkern.compose.document import CompositionError, Document, Illustration
 from mmkern.compose.emoji import EmojiChoice
-from mmkern.compose.steps import LETTERS, choose, parse_locations, split_sections
+from mmkern.compose.steps import (
+    LETTERS,
+    caption,
+    caption_prompt,
+    choose,
+    parse_locations,
+    split_sections,
+)
 from mmkern.compose.tasks import (
     DocumentTasks,
     article_task,
@@ -29,7 +36,9 @@ def test_answers_are_what_the_steps_read() -> None:
     location = location_task(document)
     assert parse_locations(location["answer"], 3) == (0, 2) and "Name 2." in location["pieces"][0]
     answer = caption_task(document, 2)["answer"]
-    assert answer.partition('"')[2].partition('"')[0] == "an old clock"
+    begin = caption_prompt(document, 2)[1]
+    assert answer.startswith(begin)
+    assert caption(Script(answer.removeprefix(begin)), document, 2) == "an old clock"
     with pytest.raises(CompositionError, match="has no illustrations"):
         location_task(document.delete(0).delete(2))
     with pytest.raises(CompositionError, match="no caption after section 1"):
@@ -92,7 +101,7 @@ def test_emoji_choices() -> None:
     groups = view.group_ids()
     letters: Counter[str] = Counter()
     for index in range(0, len(data), 9):
-        rows, order = data._draw(index)
+        rows, _ = data._draw(index)
         assert rows[0] == index and len({int(groups[row]) for row in rows}) == 5
         sample = data[index]
         shown = [piece for piece in sample["pieces"] if not isinstance(piece, str)]

@@ -75,7 +75,9 @@ def test_other_samples_become_pieces() -> None:
     labelled = [words(row[row != IGNORE]) for row in batch["labels"]]
     assert labelled == [" a tiger<end>", " nature<end>", "the quick brown fox<end>"]
     rows = collator().answer_ids([(samples[0], "fox"), (sample(0, "x", grey(1)), "yes")])
-    assert words(torch.tensor(rows[0])) == " fox<end>" and words(torch.tensor(rows[1])) == "yes<end>"
+    assert (
+        words(torch.tensor(rows[0])) == " fox<end>" and words(torch.tensor(rows[1])) == "yes<end>"
+    )
 
 
 def test_batch_of_text_has_no_pictures() -> None:
@@ -93,7 +95,9 @@ def test_long_prompts_lose_text_but_no_picture() -> None:
     assert (kept["input_ids"][0] == IMAGE).sum() == PLACES
     assert int((kept["labels"][0] == IGNORE).sum()) == 12
     early = sample(1, grey(1), "what is this? " * 9)
-    with pytest.raises(ValueError, match=r"prompt of sample 1 takes \d+ positions, prompt_length is"):
+    with pytest.raises(
+        ValueError, match=r"prompt of sample 1 takes \d+ positions, prompt_length is"
+    ):
         collator(prompt_length=12)([long, early])
     with pytest.raises(ValueError, match="sample 0 has 4 image tokens, its pictures become 0"):
         InterleavedCollator(PixelTransform(), byte_level(), 2, byte_level()("zz")["input_ids"][0])(

@@ -125,7 +125,10 @@ def test_generation_goes_on_after_images() -> None:
     [
         (lambda b: b["input_ids"][1, :3].fill_(5), "sample 1 is cut inside an image: it has 4"),
         (lambda b: b["input_ids"][1, :PLACES].fill_(5), "sample 1 has places for 0 .*says 1"),
-        (lambda b: b.update(pixel_values=b["pixel_values"][:2]), "for 3 images, pixel_values has 2"),
+        (
+            lambda b: b.update(pixel_values=b["pixel_values"][:2]),
+            "for 3 images, pixel_values has 2",
+        ),
         (lambda b: b.pop("pixel_values"), "for 3 images, pixel_values has 0"),
         (lambda b: b.update(image_counts=b["image_counts"][:1]), r"image_counts must be \[2\]"),
         (lambda b: b["labels"][0, 1].fill_(4), "sample 0 has labels at 1 image tokens"),
@@ -193,8 +196,7 @@ def test_adapters_leave_a_new_model_as_it_was() -> None:
     for layer in layers.values():
         assert layer.scaling == 2.0
         torch.nn.init.zeros_(layer.lora_B.weight)
-    state = {n: v for n, v in plain.state_dict().items()}
-    kept = adapted.load_state_dict(state, strict=False)
+    kept = adapted.load_state_dict(plain.state_dict(), strict=False)
     assert not kept.unexpected_keys and all(".lora_" in name for name in kept.missing_keys)
     inputs = batch("titt", "tttttttttt")
     torch.testing.assert_close(adapted(**inputs).loss, plain(**inputs).loss)

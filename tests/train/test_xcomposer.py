@@ -168,8 +168,16 @@ def test_paper_recipes(tmp_path: Path) -> None:
     ("name", "changes", "message"),
     [
         ("xcomposer-emoji", ["data.mixture={smell: {}}"], "unknown key 'data.mixture.smell'"),
-        ("instructblip-emoji", ["data.mixture={picture_choice: {}}"], "data.mixture.picture_choice"),
-        ("xcomposer-emoji", ["model.start={projection: x}"], "unknown key 'model.start.projection'"),
+        (
+            "instructblip-emoji",
+            ["data.mixture={picture_choice: {}}"],
+            "data.mixture.picture_choice",
+        ),
+        (
+            "xcomposer-emoji",
+            ["model.start={projection: x}"],
+            "unknown key 'model.start.projection'",
+        ),
         ("xcomposer-sft-7b", [*SFT, "data.mixture.articles.options={task: 1}"], "did you mean"),
         (
             "instructblip-vicuna-7b",
@@ -215,7 +223,13 @@ def test_articles_and_questions_in_one_mixture(tmp_path: Path) -> None:
     run.check(recipe)
     made = build_data(recipe, run.build_model(recipe))
     samples = [made.dataset[i] for i in range(24)]
-    assert {s["kind"] for s in samples} == {"question", "article", "locations", "captions", "choice"}
+    assert {s["kind"] for s in samples} == {
+        "question",
+        "article",
+        "locations",
+        "captions",
+        "choice",
+    }
     batch = made.collator(samples)
     assert int(batch["image_counts"].sum()) == len(batch["pixel_values"])
     run.train(recipe)
