@@ -6,12 +6,22 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmkern import data
+from mmkern.compose.emoji import PICTURE_CHOICE, EmojiChoice
+from mmkern.compose.tasks import DocumentTasks
 from mmkern.data.emoji import cache_directory
-from mmkern.train.recipe import DataConfig, Recipe, RecipeError, TextConfig, nearest
+from mmkern.train.recipe import (
+    DataConfig,
+    MixtureConfig,
+    Recipe,
+    RecipeError,
+    TextConfig,
+    nearest,
+)
 from mmkern.train.systems import System, system
 
 READERS: dict[str, Callable[..., Any]] = {
@@ -20,6 +30,10 @@ READERS: dict[str, Callable[..., Any]] = {
     "jsonl": data.PairDataset.from_jsonl,
     "shards": data.ShardDataset,
 }
+# Batches of a language model, which questions can be asked of.
+_TEXTS = ("language", "interleaved")
+# The kind of a table whose rows are articles with pictures (docs/composition.md).
+DOCUMENTS = "documents"
 
 
 @dataclass(frozen=True)
@@ -43,12 +57,8 @@ def build_data(recipe: Recipe, model: Any, rank: int = 0, world_size: int = 1) -
     sampler: Any = None
     with as_recipe_error("data"):
         if source.source == "mixture":
-            sets: dict[str, Any] = {
-                name: data.QuestionDataset.from_jsonl(
-                    str(entry.path), kind=entry.kind, seed=seed, **entry.options
-                )
-                if entry.pictures
-                else data.TextQuestions.from_jsonl(str(entry.path), **entry.options)
+            sets = {
+                name: _table(entry, seed)(str(entry.path), **entry.options)
                 for name, entry in source.mixture.items()
             }
             dataset: Any = _mixture(source, sets, seed)
@@ -58,7 +68,7 @@ def build_data(recipe: Recipe, model: Any, rank: int = 0, world_size: int = 1) -
             if source.mixture:
                 kinds = {kind: _emoji_questions(view, kind, seed) for kind in source.mixture}
                 dataset = _mixture(source, kinds, seed)
-            elif batches not in ("language", "interleaved"):
+            elif batches not in _TEXTS:
                 rows = recipe.train.batch_size // world_size
                 labels = view.group_ids()
                 sampler = data.UniqueBatchSampler(
@@ -74,6 +84,8 @@ def build_data(recipe: Recipe, model: Any, rank: int = 0, world_size: int = 1) -
 def _emoji_questions(view: data.EmojiView, kind: str, seed: int) -> Any:
     if kind == "caption":
         return view
+    if kind == PICTURE_CHOICE:
+        return EmojiChoice(view, seed)
     return (data.EmojiGrids if kind in data.GRID_KINDS else data.EmojiQuestions)(view, kind, seed)
 
 
@@ -81,6 +93,15 @@ def emoji_view(source: DataConfig, size: int) -> data.EmojiView:
     """The emoji that a recipe trains on."""
     options = {"vendors": data.emoji.VENDORS, **source.options}
     return data.EmojiData.load(size).view(**options)
+
+
+def _table(entry: MixtureConfig, seed: int) -> Callable[..., Any]:
+    """What reads a table of a mixture."""
+    if entry.kind == DOCUMENTS:
+        return partial(DocumentTasks.from_jsonl, seed=seed)
+    if not entry.pictures:
+        return data.TextQuestions.from_jsonl
+    return partial(data.QuestionDataset.from_jsonl, kind=entry.kind, seed=seed)
 
 
 def _mixture(source: DataConfig, sets: Mapping[str, Any], seed: int) -> data.Mixture:
@@ -128,7 +149,7 @@ def build_collator(recipe: Recipe, model: Any, *, test: bool = False) -> Any:
             return data.PretrainingCollator(
                 transform, tokenizer, texts=texts, length=source.text.length, seed=seed
             )
-        if kind == "interleaved":
+        if kind == "interleaved" and hasattr(model.config, "image_tokens"):
             return _interleaved_collator(recipe, model, transform, texts)
         return _language_collator(recipe, model, transform, texts)
 
@@ -173,7 +194,10 @@ def _language_collator(recipe: Recipe, model: Any, transform: Any, texts: data.T
     }
     if settings.qformer_tokenizer is not None:
         options["qformer_tokenizer"] = load_tokenizer(settings.qformer_tokenizer)
-    arguments = (transform, tokenizer, config.num_query_tokens, config.image_token_index)
+    positions = getattr(model, "image_positions", config.num_query_tokens)
+    arguments = (transform, tokenizer, positions, config.image_token_index)
+    if system(recipe).batches == "interleaved":
+        return data.interleaved.InterleavedCollator(*arguments, **options)
     if config.text_config.is_encoder_decoder:
         return data.Seq2SeqCollator(*arguments, **options)
     return data.CausalCollator(*arguments, label_bos=settings.label_bos, **options)
@@ -219,16 +243,21 @@ def check_data(recipe: Recipe, trained: System) -> None:
         allowed, transform = parameters(data.EmojiData.view), data.PixelTransform
         kinds = {*data.KINDS}
         if trained.batches == "interleaved":
-            kinds |= {"caption", *data.GRID_KINDS}
+            kinds |= {"caption", PICTURE_CHOICE, *data.GRID_KINDS}
         check_keys("data.mixture", source.mixture, kinds)
     elif source.source == "mixture":
         allowed = set()
-        reader = parameters(data.QuestionDataset.from_jsonl) - {"path", "kind", "seed"}
-        texts = parameters(data.TextQuestions.from_jsonl) - {"path"}
         for name, entry in source.mixture.items():
-            known = reader if entry.pictures else texts
-            check_keys(f"data.mixture.{name}.options", entry.options, known)
-            if not entry.pictures and trained.batches != "interleaved":
+            reader = parameters(_table(entry, 0)) - {"path", "kind", "seed"}
+            check_keys(f"data.mixture.{name}.options", entry.options, reader)
+            if trained.batches == "interleaved":
+                continue
+            if entry.kind == DOCUMENTS:
+                raise RecipeError(
+                    f"recipe: data.mixture.{name}.kind: {trained.name} reads one picture a sample, "
+                    "not documents"
+                )
+            if not entry.pictures:
                 raise RecipeError(
                     f"recipe: data.mixture.{name}.pictures must be true: {trained.name} has a "
                     "picture in every sample"
@@ -244,7 +273,7 @@ def check_data(recipe: Recipe, trained: System) -> None:
         )
     augmentation = parameters(transform.__init__) - {"size", "mean", "std", "train"}
     check_keys("data.augment", source.augment or {}, augmentation)
-    if source.mixture and trained.batches not in ("language", "interleaved"):
+    if source.mixture and trained.batches not in _TEXTS:
         raise RecipeError(f"recipe: data.mixture: {trained.name} is trained on captions")
     if trained.batches != "contrastive" and source.text.tokenizer is None:
         raise RecipeError(f"recipe: data.text.tokenizer must be set for {trained.name}")

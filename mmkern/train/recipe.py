@@ -49,7 +49,7 @@ class ModelConfig:
         start: part of the model -> what it starts from (:mod:`mmkern.train.starts`): a run, the
             recipe of a run (trained first if it is not there), a model that a package brings, or a
             folder of transformers.
-        language_model_dtype: what a frozen language model is held in.
+        language_model_dtype: what a frozen language model is held in; LoRA on it stays in fp32.
     """
 
     builder: str
@@ -66,9 +66,11 @@ class MixtureConfig:
     Attributes:
         weight: see :class:`mmkern.data.Mixture`.
         path: a table of JSON lines. Not used by ``emoji``, where the entry's name is the kind.
-        kind: of its questions; see ``mmkern.data.TEMPLATES``.
-        options: further keyword arguments of ``QuestionDataset.from_jsonl``.
-        pictures: false for questions without any (``TextQuestions``; InternLM-XComposer2 only).
+        kind: of its questions; see ``mmkern.data.TEMPLATES``. ``documents``: the rows are articles
+            with pictures (:mod:`mmkern.compose.tasks`), for systems that read them.
+        options: further keyword arguments of ``QuestionDataset.from_jsonl`` (of
+            ``DocumentTasks.from_jsonl`` for documents).
+        pictures: false for questions without any (``TextQuestions``), for systems that read them.
     """
 
     weight: float = 1.0

@@ -68,6 +68,13 @@ SYSTEMS: dict[str, System] = {
         "plora_linear_fwd",
         ("vision", "language_model"),
     ),
+    "XComposer": System(
+        "xcomposer",
+        "xcomposer",
+        "interleaved",
+        "linear_cross_entropy_fwd",
+        ("vision", "qformer", "language_model", "earlier"),
+    ),
 }
 
 
