@@ -221,10 +221,6 @@ class _LanguageCollator(_Collator):
 
     def _split(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """Ids of prompt and answer of each pair, cut to their lengths, from one tokenisation."""
-        return [(p[-self.prompt_length :], answer) for p, answer in self._whole_prompts(pairs)]
-
-    def _whole_prompts(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        """The same before prompts are cut."""
         whole, borders = [], []
         for prompt, answer in pairs:
             space = " " if prompt and answer and not prompt[-1].isspace() else ""
@@ -239,7 +235,7 @@ class _LanguageCollator(_Collator):
         ):
             # A token that spans the border belongs to the answer.
             first = next((i for i, (_, end) in enumerate(offsets) if end > border), len(ids))
-            rows.append((ids[:first], ids[first:][: self.answer_length]))
+            rows.append((ids[:first][-self.prompt_length :], ids[first:][: self.answer_length]))
         return rows
 
     def answer_ids(self, pairs: Sequence[tuple[Mapping[str, Any], str]]) -> list[list[int]]:

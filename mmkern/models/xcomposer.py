@@ -51,6 +51,10 @@ class XComposerConfig(Blip2Config):
     lora_dropout: float = 0.05
     lora_targets: tuple[str, ...] | list[str] = LORA_TARGETS
 
+    def image_tokens(self, height: int, width: int) -> int:
+        """Tokens of an image, of whatever size: its start, its queries, its end."""
+        return self.num_query_tokens + 2
+
 
 class XComposer(LanguageSide):
     """Image encoder, perceive sampler, projection, language model.
@@ -91,19 +95,11 @@ class XComposer(LanguageSide):
             )
         self.post_init()
 
-    def cast_language_model(self, dtype: torch.dtype) -> None:
-        """Hold a frozen language model in 16 bits; adapters stay as they are."""
-        layers = (m for m in self.language_model.modules() if isinstance(m, LoRALinear))
-        adapters = [p.weight for layer in layers for p in (layer.lora_A, layer.lora_B)]
-        values = [weight.data for weight in adapters]
-        self.language_model.to(dtype)
-        for weight, value in zip(adapters, values, strict=True):
-            weight.data = value  # trained, so in fp32
-
     @property
     def image_positions(self) -> int:
         """What an image takes in a text: 66 in the released model."""
-        positions: int = self.config.num_query_tokens + 2
+        size = self.config.vision_config.image_size
+        positions: int = self.config.image_tokens(size, size)
         return positions
 
     def forward(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmkern import ops
 from mmkern.layout import VisualSpans
 
-__all__ = ["LoRALinear", "add_lora"]
+__all__ = ["LoRALinear", "add_lora", "cast_but_adapters"]
 
 
 class LoRALinear(nn.Linear):
@@ -141,3 +141,12 @@ def add_lora(
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, layer.train(linear.training))
     return [name for name, _ in wanted]
+
+
+def cast_but_adapters(model: nn.Module, dtype: torch.dtype) -> None:
+    """``model.to(dtype)``, but LoRA, partial or not, stays: in 16 bits small steps are lost."""
+    adapters = [p for name, p in model.named_parameters() if "lora_" in name]
+    values = [parameter.data for parameter in adapters]
+    model.to(dtype)
+    for parameter, value in zip(adapters, values, strict=True):
+        parameter.data = value

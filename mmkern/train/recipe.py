@@ -66,18 +66,16 @@ class MixtureConfig:
     Attributes:
         weight: see :class:`mmkern.data.Mixture`.
         path: a table of JSON lines. Not used by ``emoji``, where the entry's name is the kind.
-        kind: of its questions; see ``mmkern.data.TEMPLATES``. ``documents``: the rows are articles
-            with pictures (:mod:`mmkern.compose.tasks`), for systems that read them.
-        options: further keyword arguments of ``QuestionDataset.from_jsonl`` (of
-            ``DocumentTasks.from_jsonl`` for documents).
-        pictures: false for questions without any (``TextQuestions``), for systems that read them.
+        kind: of its questions; see ``mmkern.data.TEMPLATES``. For systems that read texts with any
+            number of pictures also ``documents``: articles with pictures
+            (:mod:`mmkern.compose.tasks`), and ``text``: questions without any (``TextQuestions``).
+        options: further keyword arguments of that kind's ``from_jsonl`` (``QuestionDataset``'s).
     """
 
     weight: float = 1.0
     path: str | None = None
     kind: str = "question"
     options: dict[str, Any] = field(default_factory=dict)
-    pictures: bool = True
 
 
 @dataclass(frozen=True)
@@ -93,9 +91,10 @@ class TextConfig:
         prompt_length, answer_length: tokens at most.
         bos: begin texts with the tokenizer's first token; ``label_bos``: and train on it.
         end: text that ends an answer; null is the tokenizer's own end.
-        max_length: tokens of a row of text and images (InternLM-XComposer2).
+        max_length: tokens of a row of text and images at most, instead of the two lengths
+            (InternLM-XComposer and XComposer2).
         chat: the two tokens that begin and end a turn: prompts and answers are then turns of a
-            conversation (InternLM-XComposer2).
+            conversation (the same two).
     """
 
     tokenizer: str | None = None
@@ -107,14 +106,15 @@ class TextConfig:
     bos: bool = False
     label_bos: bool = False
     end: str | None = None
-    max_length: int = 4096
+    max_length: int | None = None
     chat: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         least_of = {"length": 3, "prompt_length": 3, "answer_length": 1, "max_length": 2}
         for key, least in least_of.items():
             value = getattr(self, key)
-            _require(value >= least, f"data.text.{key}", f"at least {least}", value)
+            enough = value is None or value >= least
+            _require(enough, f"data.text.{key}", f"at least {least}", value)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from mmkern.data import InterleavedCollator, PairError, PixelTransform, TextQuestions, TileTransform
-from mmkern.data.interleave import interleave, with_images
+from mmkern.data.interleaved import interleave, with_images
 from mmkern.data.tiles import tile_grid
 from tests.data.tokenizers import byte_level
 
@@ -21,8 +21,9 @@ IMAGE = 999
 
 def collator(**options: Any) -> InterleavedCollator:
     """Four tokens for each 8 x 8 pixels."""
+    options = {"bos": 0, "spans": True, **options}
     return InterleavedCollator(
-        PixelTransform(), byte_level(), lambda h, w: h * w // 16, IMAGE, bos=0, **options
+        PixelTransform(), byte_level(), lambda h, w: h * w // 16, IMAGE, **options
     )
 
 
@@ -95,7 +96,23 @@ def test_pictures_stand_where_the_text_says() -> None:
     with pytest.raises(ValueError, match="sample 1 has 2 times <ImageHere> in its text, but 1 im"):
         collator()([sample(0, "a", "b"), sample(1, "<ImageHere> <ImageHere>", "c")])
     with pytest.raises(ValueError, match="sample 0 has 0 times <ImageHere> in its text, but 2 im"):
-        with_images([("text", False)], [[1], [2]], 0)
+        with_images("text", "", [1, 2], 0)
+
+
+def test_pictures_in_an_answer() -> None:
+    """What a model composes, text with pictures, could not be trained; or pictures be "said"."""
+    tokenizer = byte_level()
+    picture = torch.zeros(8, 8, 3, dtype=torch.uint8)
+    asked = sample(0, "<ImageHere> then", "a <ImageHere> b", [picture, picture])
+    batch = collator()([asked])
+    first, last = tokenizer(" a ")["input_ids"], tokenizer(" b")["input_ids"]
+    ids = [0, *[IMAGE] * 4, *tokenizer(" then a ")["input_ids"], *[IMAGE] * 4, *last, 1]
+    assert batch["input_ids"][0].tolist() == ids
+    labels = [*first, *[-100] * 4, *last, 1]
+    assert batch["labels"][0].tolist() == [*[-100] * (len(ids) - len(labels)), *labels]
+    prompts = collator().prompts([asked])
+    assert len(prompts["pixel_values"]) == 1
+    assert prompts["input_ids"][0].tolist() == ids[: len(ids) - len(labels)]
 
 
 def test_a_row_may_lose_words_but_no_part_of_an_image() -> None:
@@ -106,18 +123,16 @@ def test_a_row_may_lose_words_but_no_part_of_an_image() -> None:
     with pytest.raises(ValueError, match=r"sample 1 has \d+ tokens; cut to max_length 8 it would l"
                        r"ose 4 of its 4 image tokens"):  # fmt: skip
         collator(max_length=8)([asked[0], sample(1, "a b c d e f g h <ImageHere>", "yes")])
-    assert len(interleave(byte_level(), [([IMAGE] * 4, False), ("abc", True)],
-                          image_token_index=IMAGE, max_length=4)[0]) == 4  # fmt: skip
+    end = collator(max_length=5)([sample(0, "", "yes")])
+    assert end["input_ids"].tolist() == [[0, *[IMAGE] * 4]]
 
 
 def test_a_token_over_the_border_belongs_to_the_answer() -> None:
     """Counting the prompt's tokens by themselves labels a token too many, or one too few."""
     tokenizer = byte_level()
-    ids, labels = interleave(
-        tokenizer, [("a ti", False), ("ger face", True)], image_token_index=IMAGE, max_length=50
-    )
-    assert ids == tokenizer("a tiger face")["input_ids"]
-    text = tokenizer.decode([label for label in labels if label != -100])
+    asked, said = interleave(tokenizer, ["a ti"], ["ger face"])
+    assert [*asked, *said] == tokenizer("a tiger face")["input_ids"]
+    text = tokenizer.decode(said)
     assert text.endswith("ger face") and "a" not in text[: -len("ger face")]
 
 

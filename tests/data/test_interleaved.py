@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmkern.data import PixelTransform, Texts
-from mmkern.data.interleaved import InterleavedCollator
+from mmkern.data import InterleavedCollator, PixelTransform, Texts
 from mmkern.data.language import IGNORE
 from tests.data.tokenizers import byte_level
 
@@ -19,7 +18,9 @@ IMAGE, PLACES = 999, 3
 def collator(**options: Any) -> InterleavedCollator:
     transform = PixelTransform(mean=(0, 0, 0), std=(1, 1, 1), train=options.pop("train", False))
     texts = Texts(prompt="a picture of", first=True)
-    return InterleavedCollator(transform, byte_level(), PLACES, IMAGE, texts=texts, **options)
+    return InterleavedCollator(
+        transform, byte_level(), lambda h, w: PLACES, IMAGE, texts=texts, **options
+    )
 
 
 def grey(value: int) -> Tensor:
@@ -97,11 +98,13 @@ def test_long_prompts_lose_text_but_no_picture() -> None:
     assert int((kept["labels"][0] == IGNORE).sum()) == 12
     early = sample(1, grey(1), "what is this? " * 9)
     with pytest.raises(
-        ValueError, match=r"prompt of sample 1 takes \d+ positions, prompt_length is"
+        ValueError,
+        match=r"prompt of sample 1 has \d+ tokens; cut to prompt_length 12 it would lose 3",
     ):
         collator(prompt_length=12)([long, early])
     with pytest.raises(ValueError, match="sample 0 has 4 image tokens, its pictures become 0"):
-        InterleavedCollator(PixelTransform(), byte_level(), 2, byte_level()("zz")["input_ids"][0])(
+        token = byte_level()("zz")["input_ids"][0]
+        InterleavedCollator(PixelTransform(), byte_level(), lambda h, w: 2, token)(
             [sample(0, "zz zz", "b")]
         )
 
