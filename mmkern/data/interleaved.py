@@ -219,8 +219,8 @@ class InterleavedCollator(_LanguageCollator):
         return with_images(prompt, answer, images, number)
 
     def _turns(
-        self, front: list[Part], asked: list[Part], said: list[Part]
-    ) -> tuple[list[Part], list[Part]]:
+        self, front: Sequence[Part], asked: Sequence[Part], said: Sequence[Part]
+    ) -> tuple[Sequence[Part], Sequence[Part]]:
         """Prompt and answer as turns of a chat, or with a space between them."""
         if self.turn is not None:
             begin, end = self.turn

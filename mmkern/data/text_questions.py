@@ -49,7 +49,8 @@ class TextQuestions(EpochAware, Dataset[dict[str, Any]]):
             MissingPairsError: there is no such table.
             PairError: a bad row, by its line.
         """
-        questions, answers = [], []
+        questions: list[str] = []
+        answers: list[str] = []
         for where, fields, problem in json_lines(existing_table(path)):
             if problem:
                 raise PairError(problem)

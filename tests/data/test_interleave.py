@@ -63,8 +63,8 @@ def test_rows_of_words_and_pictures() -> None:
         assert labels[length - len(answer) - 1 : length].tolist() == [*answer, 1]
     assert [p.shape[1] for p in batch["pixel_values"]] == [8, 16]
     assert torch.equal(batch["spans"].to_mask(), batch["input_ids"] == IMAGE)
-    text = collator()([samples[1]])
-    assert "pixel_values" not in text and text["spans"].runs == ()
+    alone = collator()([samples[1]])
+    assert "pixel_values" not in alone and alone["spans"].runs == ()
     plain = collator()([samples[0], sample(3, "x", "y")])["pixel_values"]
     assert isinstance(plain, torch.Tensor) and plain.shape == (2, 3, 8, 8)
     with pytest.raises(ValueError, match="no samples"):
@@ -97,6 +97,23 @@ def test_pictures_stand_where_the_text_says() -> None:
         collator()([sample(0, "a", "b"), sample(1, "<ImageHere> <ImageHere>", "c")])
     with pytest.raises(ValueError, match="sample 0 has 0 times <ImageHere> in its text, but 2 im"):
         with_images("text", "", [1, 2], 0)
+
+
+def test_articles_in_turns() -> None:
+    """A chat model could not be trained on articles, or would read their pictures elsewhere."""
+    tokenizer = byte_level()
+    chat = ["<start>", "<image>"]
+    begin, end = (tokenizer.get_vocab()[token] for token in chat)
+    picture = torch.zeros(8, 8, 3, dtype=torch.uint8)
+    article = {"pieces": ["see ", picture, "\n", "here"], "answer": "yes", "index": 0, "epoch": 0}
+    ids = collator(chat=chat)([article])["input_ids"][0].tolist()
+    texts = ("user\nsee ", "\nhere", "\n", "assistant\nyes")
+    first, second, feed, last = (tokenizer(text)["input_ids"] for text in texts)
+    expected = [0, begin, *first, *[IMAGE] * 4, *second, end, *feed, begin, *last, end]
+    assert ids == expected
+    # As released: a lone picture without a place stands before the turn.
+    lone = collator(chat=chat).prompts([sample(0, "what?", "a")])["input_ids"][0].tolist()
+    assert lone[:6] == [0, *[IMAGE] * 4, begin]
 
 
 def test_pictures_in_an_answer() -> None:
@@ -188,9 +205,9 @@ def test_tiles_keep_an_images_shape() -> None:
     assert (wide[:, 0] == 1).all() and (wide[:, -1] == 1).all() and (wide[:, 5] == 0).all()
     tall = transform(Image.fromarray(np.zeros((200, 50, 3), dtype=np.uint8)))
     assert torch.equal(tall, wide.transpose(1, 2))
-    assert [p.shape for p in transform.batch([Image.fromarray(array)] * 2, np.zeros(2))] == [
-        found.shape
-    ] * 2
+    assert [
+        p.shape for p in transform.batch([Image.fromarray(array)] * 2, np.zeros(2, np.uint64))
+    ] == [found.shape] * 2
     for wrong in ((0, 1), (1, 0)):
         with pytest.raises(ValueError, match="size and tiles must be >= 1"):
             TileTransform(*wrong)

@@ -29,10 +29,11 @@ def tiny(folder: Path, name: str, **changes: Any) -> Recipe:
     """A shipped small recipe with tiny random models, a few steps, and runs in ``folder``."""
     values = load_recipe(name).to_dict()
     if name == "clip-emoji":
-        overrides, start = TINY_CLIP, {}
+        overrides: dict[str, Any] = TINY_CLIP
+        start: dict[str, str] = {}
     else:
         given = values["model"]["overrides"]
-        overrides = {key: given[key] for key in given if key.startswith("lora")}
+        overrides = {key: value for key, value in given.items() if key.startswith("lora")}
         overrides |= {"num_query_tokens": 4, "image_token_index": 49152, "text_config": LANGUAGE}
         overrides |= {"vision_config": VISION, "qformer_config": QFORMER}
         start = {"vision": f"{folder}/clip-emoji"}
