@@ -49,6 +49,21 @@ examples:
   mmkern eval runs/clip-emoji evaluation.batch_size=64
 """
 
+COMPOSE_HELP = """\
+Write an article with pictures from a folder: a language model writes it, says where pictures go and
+what they show; a CLIP finds candidates, and the language model chooses. The result is a page and,
+beside it, the document as JSON (docs/composition.md).
+
+examples:
+  mmkern compose --title "A day at the zoo" --pictures FOLDER --out zoo.html
+      SmolLM2-135M, the CLIP of runs/clip-emoji; a .txt beside a picture says what it shows
+  mmkern compose --title "Fruit" --pictures FOLDER --out fruit.html --text fruit.txt --count 3
+      illustrate a text of your own, a paragraph a line, with three pictures
+  mmkern compose ... --places 0,2 --language-model LM_FOLDER --clip runs/my-clip --index FILE
+      pictures after the first and third paragraph; another language model and CLIP; keep the
+      pictures' embeddings in FILE.safetensors and FILE.json
+"""
+
 MASK_HELP = """\
 Draw which keys (across) each query row (down) may attend to: the masks of BLIP-2, InstructBLIP,
 Flamingo and language models, as mmkern.layout.RowIntervals builds them. Without NAME, all of them.
@@ -124,6 +139,19 @@ def parser() -> argparse.ArgumentParser:
     evaluate = add("eval", "measure a trained run", EVAL_HELP, _evaluate)
     evaluate.add_argument("directory", metavar="RUN", help="directory that `mmkern train` wrote")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="change a recipe's key")
+    article = add("compose", "an article with pictures", COMPOSE_HELP, _compose)
+    article.add_argument("--title", required=True, help="of the article")
+    article.add_argument("--pictures", required=True, metavar="FOLDER", type=Path)
+    article.add_argument("--out", required=True, metavar="FILE.html", type=Path)
+    article.add_argument("--text", metavar="FILE", type=Path, help="an article to illustrate")
+    article.add_argument("--count", type=int, metavar="N", help="pictures wanted")
+    article.add_argument("--places", metavar="0,2", help="paragraphs that pictures follow")
+    article.add_argument("--clip", default="runs/clip-emoji", metavar="RUN", help="finds pictures")
+    article.add_argument(
+        "--language-model", default="smollm2", metavar="NAME", help="smollm2, or a folder"
+    )
+    article.add_argument("--index", metavar="FILE", type=Path, help="embeddings, kept")
+    article.add_argument("--link", action="store_true", help="link to the pictures' files")
     mask = add("mask", "draw an attention mask", MASK_HELP, _mask)
     mask.ending = _known_masks
     mask.add_argument("name", nargs="?", metavar="NAME", help="one of the masks below")
@@ -161,6 +189,7 @@ def _user_errors() -> Iterator[None]:
     """
     try:
         # First, since it is what a package without the `train` extra fails at.
+        from mmkern.compose import CompositionError
         from mmkern.data import ImageError, PairError, ShardError
         from mmkern.train.checkpoint import CheckpointError
         from mmkern.train.recipe import RecipeError
@@ -168,7 +197,10 @@ def _user_errors() -> Iterator[None]:
         raise UserError(f"{error}; pip install 'mmkern[train,data]'") from error
     try:
         yield
-    except (RecipeError, CheckpointError, PairError, ShardError, ImageError) as error:
+    except (
+        *(RecipeError, CheckpointError, PairError, ShardError, ImageError),
+        CompositionError,
+    ) as error:
         raise UserError(_one_line(error)) from error
     except (FileNotFoundError, ImportError) as error:
         raise UserError(_one_line(error)) from error
@@ -219,6 +251,15 @@ def _evaluate(chosen: argparse.Namespace) -> int:
     print(report(recipe, write_metrics(directory, metrics)))
     written = sorted(path.name for path in directory.glob("*.png"))
     print(f"\nwritten to {directory}: {', '.join(['metrics.json', *written])}")
+    return 0
+
+
+def _compose(chosen: argparse.Namespace) -> int:
+    with _user_errors():
+        from mmkern.composition import run
+
+        page, table = run(chosen, lambda line: print(line, file=sys.stderr, flush=True))
+    print(f"written: {page} and {table}")
     return 0
 
 

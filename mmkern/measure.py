@@ -31,8 +31,10 @@ def report(recipe: Recipe, metrics: dict[str, Any]) -> str:
 
         return table(metrics)
     if of_emoji:
-        from mmkern.eval import emoji_answers, emoji_matching
+        from mmkern.eval import emoji_answers, emoji_matching, picture_choice
 
+        if "picture_choice" in metrics:
+            return picture_choice.table(metrics)
         return (emoji_matching if trained == "blip2-stage1" else emoji_answers).table(metrics)
     rows = metrics.get("answers", metrics.get("retrieval", {})).items()
     return "\n".join(f"{name:<20}{100 * value:6.1f}%" for name, value in rows)
@@ -189,6 +191,25 @@ def _measure_emoji_grids(directory: Path, recipe: Recipe, model: Any) -> dict[st
     return {**found, "text_loss": losses}
 
 
+def _measure_emoji_composer(directory: Path, recipe: Recipe, model: Any) -> dict[str, Any]:
+    """Choices of pictures if those were trained, else captions or questions."""
+    from mmkern.compose.emoji import PICTURE_CHOICE
+    from mmkern.eval import picture_choice
+    from mmkern.train.batches import build_collator, image_size
+
+    if PICTURE_CHOICE not in recipe.data.mixture:
+        return _measure_emoji_answers(directory, recipe, model)
+    options = _emoji_options(recipe, {"vendors", "choices"})
+    return picture_choice.evaluate(
+        model,
+        build_collator(recipe, model, test=True),
+        image_size(model),
+        batch_size=recipe.evaluation.batch_size,
+        progress=_say,
+        **options,
+    )
+
+
 def _measure_answers(directory: Path, recipe: Recipe, model: Any) -> dict[str, Any]:
     """Exact match on the questions of ``evaluation.options.path``, beside other pictures'."""
     from mmkern.data import QuestionDataset
@@ -259,4 +280,6 @@ _MEASURES: dict[tuple[str, bool], Callable[[Path, Recipe, Any], dict[str, Any]]]
     ("xcomposer2", False): _measure_answers,
     ("instructblip", True): _measure_emoji_answers,
     ("instructblip", False): _measure_answers,
+    ("xcomposer", True): _measure_emoji_composer,
+    ("xcomposer", False): _measure_answers,
 }

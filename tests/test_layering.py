@@ -19,8 +19,9 @@ LAYERS = {
     "nn": {"ops", "layout"},
     "models": {"nn", "ops", "layout"},
     "data": {"layout"},
-    "train": {"models", "nn", "ops", "data", "_library"},  # metrics name the backend
-    "eval": {"models", "nn", "ops", "data"},
+    "compose": {"data"},
+    "train": {"models", "nn", "ops", "data", "compose", "_library"},  # metrics name the backend
+    "eval": {"models", "nn", "ops", "data", "compose"},
 }
 
 

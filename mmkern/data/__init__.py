@@ -13,7 +13,7 @@ from mmkern.data.images import (
     open_image,
 )
 from mmkern.data.instructions import TEMPLATES, Question
-from mmkern.data.interleave import InterleavedCollator
+from mmkern.data.interleaved import InterleavedCollator
 from mmkern.data.language import CausalCollator, PretrainingCollator, Seq2SeqCollator, Texts
 from mmkern.data.mixture import Mixture
 from mmkern.data.pairs import PairDataset, PairError

@@ -25,6 +25,8 @@ vision_proj, text_proj                      vision_projection, text_projection
 itm_head, query_tokens                      the same
 opt_proj, t5_proj, llm_proj                 language_projection
 opt_model, t5_model, llm_model              language_model
+internlm_proj, internlm_model               the same two (InternLM-XComposer)
+flag_image_start, flag_image_end            the same (InternLM-XComposer)
 ==========================================  =====================================================
 
 CLIP's ViT-L (``visual_encoder.conv1`` ...) keeps OpenAI's keys under ``vision_model.``. Every
@@ -75,6 +77,8 @@ _RULES = (
     ("itm_head.", "itm_head."),
     ("query_tokens", "query_tokens"),
     ("temp", "temp"),
+    ("flag_image_start", "flag_image_start"),
+    ("flag_image_end", "flag_image_end"),
 )
 _EMBEDDINGS = "Qformer.bert.embeddings."
 _SHARED = (
@@ -87,7 +91,7 @@ _OWN = (
     (f"{_EMBEDDINGS}word_embeddings.", "qformer.embeddings.word_embeddings."),
     (f"{_EMBEDDINGS}position_embeddings.", "qformer.embeddings.position_embeddings."),
 )
-_LANGUAGE = ("opt", "t5", "llm")
+_LANGUAGE = ("opt", "t5", "llm", "internlm")
 # Copies of other weights, and a buffer.
 _TIED = "Qformer.cls.predictions.decoder."
 _BUFFER = f"{_EMBEDDINGS}position_ids"
@@ -182,7 +186,7 @@ def to_lavis(state: State, *, instruct: bool = False, language: str = "llm") -> 
     Args:
         state: transformers' keys.
         instruct: InstructBLIP's keys.
-        language: what LAVIS calls the language model, "opt", "t5" or "llm".
+        language: what the language model is called there, "opt", "t5", "llm" or "internlm".
 
     Raises ValueError for another language and for keys that no rule knows. A bias of the image
     encoder's keys, which LAVIS has no place for, is dropped: a softmax does not see it.

@@ -19,6 +19,7 @@ from mmkern.models.language import (
     check_placeholders,
     insert_images,
 )
+from mmkern.nn.lora import cast_but_adapters
 
 __all__ = ["LanguageSide"]
 
@@ -130,8 +131,8 @@ class LanguageSide(Blip2Base, GenerationMixin):
         return to_lavis(self.state_dict(), instruct=self.lavis_instruct, language=language)
 
     def cast_language_model(self, dtype: torch.dtype) -> None:
-        """Hold a frozen language model in 16 bits."""
-        self.language_model.to(dtype)
+        """Hold a frozen language model in 16 bits; adapters stay as they are."""
+        cast_but_adapters(self.language_model, dtype)
 
     def project(self, queries: Tensor) -> Tensor:
         """The Q-Former's rows [B, Q, D] to the language model's width [B, Q, H]."""

@@ -33,6 +33,7 @@ from mmkern.models.xcomposer2_vision import (
     runs_by_sample,
     tiled_tokens,
 )
+from mmkern.nn.lora import cast_but_adapters
 
 __all__ = [
     "XComposer2Config",
@@ -112,9 +113,7 @@ class XComposer2ForConditionalGeneration(InternLM2ForCausalLM):
     def cast_language_model(self, dtype: torch.dtype) -> None:
         """Hold a frozen language model in 16 bits; adapters and the image side stay as they are."""
         for part in (self.model, self.output):
-            for name, parameter in part.named_parameters():
-                if "Plora_" not in name:
-                    parameter.data = parameter.data.to(dtype)
+            cast_but_adapters(part, dtype)
 
     def clamp_logit_scale_(self) -> None:
         """Keep the contrastive temperature at 0.01 or above."""

@@ -6,12 +6,15 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmkern import data
+from mmkern.compose.emoji import PICTURE_CHOICE, EmojiChoice
+from mmkern.compose.tasks import DocumentTasks
 from mmkern.data.emoji import cache_directory
-from mmkern.train.recipe import DataConfig, Recipe, RecipeError, TextConfig, nearest
+from mmkern.train.recipe import DataConfig, MixtureConfig, Recipe, RecipeError, nearest
 from mmkern.train.systems import System, system
 
 READERS: dict[str, Callable[..., Any]] = {
@@ -19,6 +22,21 @@ READERS: dict[str, Callable[..., Any]] = {
     "csv": data.PairDataset.from_csv,
     "jsonl": data.PairDataset.from_jsonl,
     "shards": data.ShardDataset,
+}
+# Batches of a language model, which questions can be asked of.
+_TEXTS = ("language", "interleaved")
+# Kinds of tables whose rows are no questions about one picture: articles with pictures
+# (docs/composition.md), questions without any.
+_TABLES: dict[str, Callable[..., Any]] = {
+    "documents": DocumentTasks.from_jsonl,
+    "text": data.TextQuestions.from_jsonl,
+}
+# Kinds of questions about emoji: from the pictures, the kind and a seed to a data set.
+_EMOJI: dict[str, Callable[[data.EmojiView, str, int], Any]] = {
+    "caption": lambda view, kind, seed: view,
+    PICTURE_CHOICE: lambda view, kind, seed: EmojiChoice(view, seed),
+    **dict.fromkeys(data.KINDS, data.EmojiQuestions),
+    **dict.fromkeys(data.GRID_KINDS, data.EmojiGrids),
 }
 
 
@@ -43,12 +61,8 @@ def build_data(recipe: Recipe, model: Any, rank: int = 0, world_size: int = 1) -
     sampler: Any = None
     with as_recipe_error("data"):
         if source.source == "mixture":
-            sets: dict[str, Any] = {
-                name: data.QuestionDataset.from_jsonl(
-                    str(entry.path), kind=entry.kind, seed=seed, **entry.options
-                )
-                if entry.pictures
-                else data.TextQuestions.from_jsonl(str(entry.path), **entry.options)
+            sets = {
+                name: _table(entry, seed)(str(entry.path), **entry.options)
                 for name, entry in source.mixture.items()
             }
             dataset: Any = _mixture(source, sets, seed)
@@ -56,9 +70,9 @@ def build_data(recipe: Recipe, model: Any, rank: int = 0, world_size: int = 1) -
             view = emoji_view(source, image_size(model))
             dataset = view
             if source.mixture:
-                kinds = {kind: _emoji_questions(view, kind, seed) for kind in source.mixture}
+                kinds = {kind: _EMOJI[kind](view, kind, seed) for kind in source.mixture}
                 dataset = _mixture(source, kinds, seed)
-            elif batches not in ("language", "interleaved"):
+            elif batches not in _TEXTS:
                 rows = recipe.train.batch_size // world_size
                 labels = view.group_ids()
                 sampler = data.UniqueBatchSampler(
@@ -71,16 +85,16 @@ def build_data(recipe: Recipe, model: Any, rank: int = 0, world_size: int = 1) -
     return TrainingData(dataset, sampler, collator)
 
 
-def _emoji_questions(view: data.EmojiView, kind: str, seed: int) -> Any:
-    if kind == "caption":
-        return view
-    return (data.EmojiGrids if kind in data.GRID_KINDS else data.EmojiQuestions)(view, kind, seed)
-
-
 def emoji_view(source: DataConfig, size: int) -> data.EmojiView:
     """The emoji that a recipe trains on."""
     options = {"vendors": data.emoji.VENDORS, **source.options}
     return data.EmojiData.load(size).view(**options)
+
+
+def _table(entry: MixtureConfig, seed: int = 0) -> Callable[..., Any]:
+    """What reads a table of a mixture, with the seed where it draws anything."""
+    reader = _TABLES.get(entry.kind, partial(data.QuestionDataset.from_jsonl, kind=entry.kind))
+    return partial(reader, seed=seed) if "seed" in parameters(reader) else reader
 
 
 def _mixture(source: DataConfig, sets: Mapping[str, Any], seed: int) -> data.Mixture:
@@ -128,49 +142,29 @@ def build_collator(recipe: Recipe, model: Any, *, test: bool = False) -> Any:
             return data.PretrainingCollator(
                 transform, tokenizer, texts=texts, length=source.text.length, seed=seed
             )
-        if kind == "interleaved":
-            return _interleaved_collator(recipe, model, transform, texts)
         return _language_collator(recipe, model, transform, texts)
 
 
-def _end(settings: TextConfig, tokenizer: Any) -> Any:
-    """The ids that end an answer; None: the tokenizer's own."""
-    if settings.end is None:
-        return None
-    return tokenizer(settings.end, add_special_tokens=False)["input_ids"]
-
-
-def _interleaved_collator(recipe: Recipe, model: Any, transform: Any, texts: data.Texts) -> Any:
-    settings, config = recipe.data.text, model.config
-    tokenizer = load_tokenizer(settings.tokenizer)
-    _require_room(len(tokenizer), config.vocab_size)
-    return data.InterleavedCollator(
-        transform,
-        tokenizer,
-        config.image_tokens,
-        config.image_token_index,
-        max_length=settings.max_length,
-        chat=settings.chat,
-        texts=texts,
-        bos=tokenizer.bos_token_id if settings.bos else None,
-        eos=_end(settings, tokenizer),
-        seed=recipe.train.seed,
-    )
-
-
 def _language_collator(recipe: Recipe, model: Any, transform: Any, texts: data.Texts) -> Any:
-    settings, config = recipe.data.text, model.config
+    settings, config, trained = recipe.data.text, model.config, system(recipe)
     tokenizer = load_tokenizer(settings.tokenizer)
-    _require_room(len(tokenizer), config.text_config.vocab_size)
-    end = _end(settings, tokenizer)
+    _require_room(len(tokenizer), config.get_text_config().vocab_size)
+    end = settings.end
     options: dict[str, Any] = {
         "texts": texts,
         "prompt_length": settings.prompt_length,
         "answer_length": settings.answer_length,
         "bos": tokenizer.bos_token_id if settings.bos else None,
-        "eos": end,
+        "eos": None if end is None else tokenizer(end, add_special_tokens=False)["input_ids"],
         "seed": recipe.train.seed,
     }
+    if trained.batches == "interleaved":
+        if settings.max_length is not None:  # of the row, instead of its two parts
+            del options["prompt_length"], options["answer_length"]
+            options["max_length"] = settings.max_length
+        tokens, index = config.image_tokens, config.image_token_index
+        options |= {"chat": settings.chat, "spans": trained.spans}
+        return data.InterleavedCollator(transform, tokenizer, tokens, index, **options)
     if settings.qformer_tokenizer is not None:
         options["qformer_tokenizer"] = load_tokenizer(settings.qformer_tokenizer)
     arguments = (transform, tokenizer, config.num_query_tokens, config.image_token_index)
@@ -217,21 +211,16 @@ def check_data(recipe: Recipe, trained: System) -> None:
     transform: Any = data.ClipTransform
     if source.source == "emoji":
         allowed, transform = parameters(data.EmojiData.view), data.PixelTransform
-        kinds = {*data.KINDS}
-        if trained.batches == "interleaved":
-            kinds |= {"caption", *data.GRID_KINDS}
-        check_keys("data.mixture", source.mixture, kinds)
+        check_keys("data.mixture", source.mixture, {*data.KINDS, *trained.kinds})
     elif source.source == "mixture":
         allowed = set()
-        reader = parameters(data.QuestionDataset.from_jsonl) - {"path", "kind", "seed"}
-        texts = parameters(data.TextQuestions.from_jsonl) - {"path"}
         for name, entry in source.mixture.items():
-            known = reader if entry.pictures else texts
-            check_keys(f"data.mixture.{name}.options", entry.options, known)
-            if not entry.pictures and trained.batches != "interleaved":
+            reader = parameters(_table(entry)) - {"path", "kind", "seed"}
+            check_keys(f"data.mixture.{name}.options", entry.options, reader)
+            if entry.kind in _TABLES and trained.batches != "interleaved":
                 raise RecipeError(
-                    f"recipe: data.mixture.{name}.pictures must be true: {trained.name} has a "
-                    "picture in every sample"
+                    f"recipe: data.mixture.{name}.kind: {trained.name} reads one picture a sample, "
+                    f"not {entry.kind}"
                 )
     else:
         allowed = parameters(READERS[source.source])
@@ -244,7 +233,7 @@ def check_data(recipe: Recipe, trained: System) -> None:
         )
     augmentation = parameters(transform.__init__) - {"size", "mean", "std", "train"}
     check_keys("data.augment", source.augment or {}, augmentation)
-    if source.mixture and trained.batches not in ("language", "interleaved"):
+    if source.mixture and trained.batches not in _TEXTS:
         raise RecipeError(f"recipe: data.mixture: {trained.name} is trained on captions")
     if trained.batches != "contrastive" and source.text.tokenizer is None:
         raise RecipeError(f"recipe: data.text.tokenizer must be set for {trained.name}")

@@ -49,7 +49,7 @@ class ModelConfig:
         start: part of the model -> what it starts from (:mod:`mmkern.train.starts`): a run, the
             recipe of a run (trained first if it is not there), a model that a package brings, or a
             folder of transformers.
-        language_model_dtype: what a frozen language model is held in.
+        language_model_dtype: what a frozen language model is held in; LoRA on it stays in fp32.
     """
 
     builder: str
@@ -66,16 +66,16 @@ class MixtureConfig:
     Attributes:
         weight: see :class:`mmkern.data.Mixture`.
         path: a table of JSON lines. Not used by ``emoji``, where the entry's name is the kind.
-        kind: of its questions; see ``mmkern.data.TEMPLATES``.
-        options: further keyword arguments of ``QuestionDataset.from_jsonl``.
-        pictures: false for questions without any (``TextQuestions``; InternLM-XComposer2 only).
+        kind: of its questions; see ``mmkern.data.TEMPLATES``. For systems that read texts with any
+            number of pictures also ``documents``: articles with pictures
+            (:mod:`mmkern.compose.tasks`), and ``text``: questions without any (``TextQuestions``).
+        options: further keyword arguments of that kind's ``from_jsonl`` (``QuestionDataset``'s).
     """
 
     weight: float = 1.0
     path: str | None = None
     kind: str = "question"
     options: dict[str, Any] = field(default_factory=dict)
-    pictures: bool = True
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,10 @@ class TextConfig:
         prompt_length, answer_length: tokens at most.
         bos: begin texts with the tokenizer's first token; ``label_bos``: and train on it.
         end: text that ends an answer; null is the tokenizer's own end.
-        max_length: tokens of a row of text and images (InternLM-XComposer2).
+        max_length: tokens of a row of text and images at most, instead of the two lengths
+            (InternLM-XComposer and XComposer2).
         chat: the two tokens that begin and end a turn: prompts and answers are then turns of a
-            conversation (InternLM-XComposer2).
+            conversation (the same two).
     """
 
     tokenizer: str | None = None
@@ -105,14 +106,15 @@ class TextConfig:
     bos: bool = False
     label_bos: bool = False
     end: str | None = None
-    max_length: int = 4096
+    max_length: int | None = None
     chat: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         least_of = {"length": 3, "prompt_length": 3, "answer_length": 1, "max_length": 2}
         for key, least in least_of.items():
             value = getattr(self, key)
-            _require(value >= least, f"data.text.{key}", f"at least {least}", value)
+            enough = value is None or value >= least
+            _require(enough, f"data.text.{key}", f"at least {least}", value)
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,8 @@ def build_model(recipe: Recipe, *, fresh: bool = True) -> nn.Module:
     if fresh and recipe.model.weights is not None:
         checkpoint.load_strict(model, recipe.model.weights)
     if recipe.model.language_model_dtype != "fp32":
-        model.cast_language_model(_DTYPES[recipe.model.language_model_dtype])  # type: ignore[operator]
+        language: Any = model
+        language.cast_language_model(_DTYPES[recipe.model.language_model_dtype])
     return model
 
 

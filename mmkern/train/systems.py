@@ -15,6 +15,8 @@ from typing import Any, Literal, get_type_hints
 from torch import nn
 
 import mmkern.models
+from mmkern.compose.emoji import PICTURE_CHOICE
+from mmkern.data import GRID_KINDS
 from mmkern.train.recipe import Recipe, RecipeError, nearest
 
 Batches = Literal["contrastive", "pretraining", "language", "interleaved"]
@@ -30,6 +32,8 @@ class System:
         batches: what the collator makes.
         operator: the operator whose backend a run's metrics name.
         parts: what ``model.start`` may name.
+        kinds: of questions about emoji, beside those of ``mmkern.data.KINDS``.
+        spans: interleaved batches say which rows are images' (``VisualSpans``).
         objective: the stage computes the loss from features, so ``train.loss`` and the gradient
             cache apply.
     """
@@ -39,6 +43,8 @@ class System:
     batches: Batches
     operator: str
     parts: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+    spans: bool = False
     objective: bool = False
 
 
@@ -67,6 +73,16 @@ SYSTEMS: dict[str, System] = {
         "interleaved",
         "plora_linear_fwd",
         ("vision", "language_model"),
+        kinds=("caption", *GRID_KINDS),
+        spans=True,
+    ),
+    "XComposer": System(
+        "xcomposer",
+        "xcomposer",
+        "interleaved",
+        "linear_cross_entropy_fwd",
+        ("vision", "qformer", "language_model", "earlier"),
+        kinds=(PICTURE_CHOICE,),
     ),
 }
 

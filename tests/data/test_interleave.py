@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from mmkern.data import InterleavedCollator, PairError, PixelTransform, TextQuestions, TileTransform
-from mmkern.data.interleave import interleave, with_images
+from mmkern.data.interleaved import interleave, with_images
 from mmkern.data.tiles import tile_grid
 from tests.data.tokenizers import byte_level
 
@@ -21,8 +21,9 @@ IMAGE = 999
 
 def collator(**options: Any) -> InterleavedCollator:
     """Four tokens for each 8 x 8 pixels."""
+    options = {"bos": 0, "spans": True, **options}
     return InterleavedCollator(
-        PixelTransform(), byte_level(), lambda h, w: h * w // 16, IMAGE, bos=0, **options
+        PixelTransform(), byte_level(), lambda h, w: h * w // 16, IMAGE, **options
     )
 
 
@@ -62,8 +63,8 @@ def test_rows_of_words_and_pictures() -> None:
         assert labels[length - len(answer) - 1 : length].tolist() == [*answer, 1]
     assert [p.shape[1] for p in batch["pixel_values"]] == [8, 16]
     assert torch.equal(batch["spans"].to_mask(), batch["input_ids"] == IMAGE)
-    text = collator()([samples[1]])
-    assert "pixel_values" not in text and text["spans"].runs == ()
+    alone = collator()([samples[1]])
+    assert "pixel_values" not in alone and alone["spans"].runs == ()
     plain = collator()([samples[0], sample(3, "x", "y")])["pixel_values"]
     assert isinstance(plain, torch.Tensor) and plain.shape == (2, 3, 8, 8)
     with pytest.raises(ValueError, match="no samples"):
@@ -95,7 +96,40 @@ def test_pictures_stand_where_the_text_says() -> None:
     with pytest.raises(ValueError, match="sample 1 has 2 times <ImageHere> in its text, but 1 im"):
         collator()([sample(0, "a", "b"), sample(1, "<ImageHere> <ImageHere>", "c")])
     with pytest.raises(ValueError, match="sample 0 has 0 times <ImageHere> in its text, but 2 im"):
-        with_images([("text", False)], [[1], [2]], 0)
+        with_images("text", "", [1, 2], 0)
+
+
+def test_articles_in_turns() -> None:
+    """A chat model could not be trained on articles, or would read their pictures elsewhere."""
+    tokenizer = byte_level()
+    chat = ["<start>", "<image>"]
+    begin, end = (tokenizer.get_vocab()[token] for token in chat)
+    picture = torch.zeros(8, 8, 3, dtype=torch.uint8)
+    article = {"pieces": ["see ", picture, "\n", "here"], "answer": "yes", "index": 0, "epoch": 0}
+    ids = collator(chat=chat)([article])["input_ids"][0].tolist()
+    texts = ("user\nsee ", "\nhere", "\n", "assistant\nyes")
+    first, second, feed, last = (tokenizer(text)["input_ids"] for text in texts)
+    expected = [0, begin, *first, *[IMAGE] * 4, *second, end, *feed, begin, *last, end]
+    assert ids == expected
+    # As released: a lone picture without a place stands before the turn.
+    lone = collator(chat=chat).prompts([sample(0, "what?", "a")])["input_ids"][0].tolist()
+    assert lone[:6] == [0, *[IMAGE] * 4, begin]
+
+
+def test_pictures_in_an_answer() -> None:
+    """What a model composes, text with pictures, could not be trained; or pictures be "said"."""
+    tokenizer = byte_level()
+    picture = torch.zeros(8, 8, 3, dtype=torch.uint8)
+    asked = sample(0, "<ImageHere> then", "a <ImageHere> b", [picture, picture])
+    batch = collator()([asked])
+    first, last = tokenizer(" a ")["input_ids"], tokenizer(" b")["input_ids"]
+    ids = [0, *[IMAGE] * 4, *tokenizer(" then a ")["input_ids"], *[IMAGE] * 4, *last, 1]
+    assert batch["input_ids"][0].tolist() == ids
+    labels = [*first, *[-100] * 4, *last, 1]
+    assert batch["labels"][0].tolist() == [*[-100] * (len(ids) - len(labels)), *labels]
+    prompts = collator().prompts([asked])
+    assert len(prompts["pixel_values"]) == 1
+    assert prompts["input_ids"][0].tolist() == ids[: len(ids) - len(labels)]
 
 
 def test_a_row_may_lose_words_but_no_part_of_an_image() -> None:
@@ -106,18 +140,16 @@ def test_a_row_may_lose_words_but_no_part_of_an_image() -> None:
     with pytest.raises(ValueError, match=r"sample 1 has \d+ tokens; cut to max_length 8 it would l"
                        r"ose 4 of its 4 image tokens"):  # fmt: skip
         collator(max_length=8)([asked[0], sample(1, "a b c d e f g h <ImageHere>", "yes")])
-    assert len(interleave(byte_level(), [([IMAGE] * 4, False), ("abc", True)],
-                          image_token_index=IMAGE, max_length=4)[0]) == 4  # fmt: skip
+    end = collator(max_length=5)([sample(0, "", "yes")])
+    assert end["input_ids"].tolist() == [[0, *[IMAGE] * 4]]
 
 
 def test_a_token_over_the_border_belongs_to_the_answer() -> None:
     """Counting the prompt's tokens by themselves labels a token too many, or one too few."""
     tokenizer = byte_level()
-    ids, labels = interleave(
-        tokenizer, [("a ti", False), ("ger face", True)], image_token_index=IMAGE, max_length=50
-    )
-    assert ids == tokenizer("a tiger face")["input_ids"]
-    text = tokenizer.decode([label for label in labels if label != -100])
+    asked, said = interleave(tokenizer, ["a ti"], ["ger face"])
+    assert [*asked, *said] == tokenizer("a tiger face")["input_ids"]
+    text = tokenizer.decode(said)
     assert text.endswith("ger face") and "a" not in text[: -len("ger face")]
 
 
@@ -173,9 +205,9 @@ def test_tiles_keep_an_images_shape() -> None:
     assert (wide[:, 0] == 1).all() and (wide[:, -1] == 1).all() and (wide[:, 5] == 0).all()
     tall = transform(Image.fromarray(np.zeros((200, 50, 3), dtype=np.uint8)))
     assert torch.equal(tall, wide.transpose(1, 2))
-    assert [p.shape for p in transform.batch([Image.fromarray(array)] * 2, np.zeros(2))] == [
-        found.shape
-    ] * 2
+    assert [
+        p.shape for p in transform.batch([Image.fromarray(array)] * 2, np.zeros(2, np.uint64))
+    ] == [found.shape] * 2
     for wrong in ((0, 1), (1, 0)):
         with pytest.raises(ValueError, match="size and tiles must be >= 1"):
             TileTransform(*wrong)

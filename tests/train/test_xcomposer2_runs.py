@@ -121,7 +121,7 @@ def test_instruction_tuning_on_own_data_with_plain_text(tmp_path: Path) -> None:
     }
     values["data"]["mixture"] = {
         "vqa": {"path": table(tmp_path, "vqa", pictures)},
-        "text": {"path": table(tmp_path, "text", texts), "pictures": False},
+        "text": {"path": table(tmp_path, "text", texts), "kind": "text"},
     }
     values["data"]["text"] |= {"tokenizer": "smollm2", "chat": ["<|im_start|>", "<|im_end|>"]}
     values["train"] |= {"max_steps": 3, "batch_size": 4, "workers": 0, "save_every": None}
@@ -164,7 +164,7 @@ def test_paper_recipes_hold_the_papers_settings(name: str, tmp_path: Path) -> No
         ("xcomposer2-emoji", "train.layer_decay_in=[vti.*]", "no parameter matches layer_decay_in"),
         ("xcomposer2-emoji", "data.text.chat=[x]", "data.text.chat"),
         ("instructblip-emoji", "data.mixture={place: {}}", "unknown key 'data.mixture.place'"),
-        ("instructblip-vicuna-7b", "data.mixture.vqav2.pictures=false", "has a picture in every"),
+        ("instructblip-vicuna-7b", "data.mixture.vqav2.kind=text", "reads one picture a sample"),
     ],
 )
 def test_mistakes_cost_nothing(name: str, change: str, message: str, tmp_path: Path) -> None:
