@@ -24,6 +24,7 @@ __all__ = [
     "LanguageLoss",
     "check_placeholders",
     "insert_images",
+    "place_images",
     "positions",
 ]
 
@@ -70,6 +71,17 @@ def insert_images(embeddings: Tensor, ids: Tensor, token: int, features: Tensor)
     place = (ids == token).int().argsort(dim=1, descending=True, stable=True)
     place = place[:, : features.shape[1]]
     rows = (place + torch.arange(batch, device=ids.device)[:, None] * length).flatten()
+    flat = embeddings.reshape(-1, width)
+    return flat.index_copy(0, rows, features.reshape(-1, width)).view_as(embeddings)
+
+
+def place_images(embeddings: Tensor, ids: Tensor, token: int, features: Tensor) -> Tensor:
+    """The same for any number of images a row: features [N, Q, H] in the order of their places.
+
+    The batch must hold `token` N·Q times; who calls it checks that.
+    """
+    count, width = features.shape[0] * features.shape[1], embeddings.shape[-1]
+    rows = (ids == token).flatten().int().argsort(descending=True, stable=True)[:count]
     flat = embeddings.reshape(-1, width)
     return flat.index_copy(0, rows, features.reshape(-1, width)).view_as(embeddings)
 

@@ -10,6 +10,8 @@ part                 source                                      what is taken
 ``language_model``   ``smollm2``, or a folder                    the language model
 ``projection``       a run of the second stage or InstructBLIP   the projection, and of the
                                                                  Q-Former what it was trained with
+``earlier``          a run of the same system                    all; LoRA that the run does not
+                                                                 have stays fresh
 ===================  ==========================================  ================================
 
 A run is its directory, or the name of a recipe that comes with mmkern: its ``output_dir``, trained
@@ -139,10 +141,16 @@ def _projection(model: Any, source: str, load_run: LoadRun) -> None:
     )
 
 
+def _earlier(model: Any, source: str, load_run: LoadRun) -> None:
+    values = load_run(_run(source))[1].state_dict()
+    _copy(model, values, lambda name: name in values or ".lora_" not in name)
+
+
 _PARTS: dict[str, Callable[[Any, str, LoadRun], None]] = {
     "vision": _vision,
     "qformer": _qformer,
     "language_model": _language_model,
     "projection": _projection,
+    "earlier": _earlier,
 }
 ORDER = tuple(_PARTS)
