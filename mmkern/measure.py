@@ -183,6 +183,20 @@ def _measure_answers(directory: Path, recipe: Recipe, model: Any) -> dict[str, A
     }
 
 
+def _measure_llava(directory: Path, recipe: Recipe, model: Any) -> dict[str, Any]:
+    """ScienceQA's problems if ``evaluation.options.scienceqa`` names their folder, else answers."""
+    from mmkern.eval import scienceqa
+
+    options = recipe.evaluation.options
+    if "scienceqa" not in options:
+        return _measure_answers(directory, recipe, model)
+    if unknown := set(options) - {"scienceqa", "split", "problems"}:
+        raise RecipeError(f"evaluation.options: scienceqa does not take {sorted(unknown)}")
+    problems = scienceqa.read_problems(options["scienceqa"], options.get("split", "test"))
+    problems = problems[: options.get("problems", len(problems))]
+    return {"answers": scienceqa.evaluate(_answerer(recipe, model), problems)}
+
+
 def _answerer(recipe: Recipe, model: Any) -> Any:
     from mmkern.eval.answers import Answerer
     from mmkern.train.batches import build_collator
@@ -229,4 +243,6 @@ _MEASURES: dict[tuple[str, bool], Callable[[Path, Recipe, Any], dict[str, Any]]]
     ("blip2-stage2", False): _measure_answers,
     ("instructblip", True): _measure_emoji_answers,
     ("instructblip", False): _measure_answers,
+    ("llava", True): _measure_emoji_answers,
+    ("llava", False): _measure_llava,
 }

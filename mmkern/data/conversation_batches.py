@@ -186,9 +186,7 @@ class ConversationCollator(EpochAware, _LanguageCollator):
     def _begin_of(self, number: int) -> list[int]:
         return self.bos if number == 0 or self.template.bos_each else []
 
-    def _row(
-        self, parts: Sequence[tuple[list[int], list[int]]]
-    ) -> tuple[list[int], list[int]]:
+    def _row(self, parts: Sequence[tuple[list[int], list[int]]]) -> tuple[list[int], list[int]]:
         """Ids and labels of a conversation."""
         row: list[int] = []
         labels: list[int] = []
@@ -206,9 +204,7 @@ class ConversationCollator(EpochAware, _LanguageCollator):
                 f"pictures become {expected}: its text holds the id {self.image_token_index}"
             )
 
-    def _cut(
-        self, number: int, row: list[int], labels: list[int]
-    ) -> tuple[list[int], list[int]]:
+    def _cut(self, number: int, row: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
         """A row and its labels without what is too much, never a part of a picture."""
         if self.image_token_index in row[self.max_length :]:
             raise ValueError(

@@ -112,6 +112,8 @@ CONVERSATIONS: dict[str, Template] = {
         after=" ",
         bos_each=True,
     ),
+    # v1 without its first words: ours, for small models and short runs.
+    "bare": Template("USER: {} ASSISTANT:"),
     # Stage 1: a picture and its caption.
     "plain": Template("{}", after="\n", eos=False, asks=False),
 }
@@ -248,9 +250,9 @@ class ConversationDataset(EpochAware, Dataset[Conversation]):
     def _replacement(
         self, index: int, epoch: int, error: ImageError
     ) -> tuple[list[Any], list[Turn]]:
-        draws = uniform(
-            sample_keys(self.seed, epoch, [index]), _REPLACEMENTS, Stream.REPLACEMENT
-        )[0]
+        draws = uniform(sample_keys(self.seed, epoch, [index]), _REPLACEMENTS, Stream.REPLACEMENT)[
+            0
+        ]
         for candidate in (draws * len(self)).astype(int).tolist():
             try:
                 return self._open(candidate)

@@ -40,8 +40,9 @@ class LlavaConfig(TransformersConfig):
     """transformers' ``LlavaConfig`` with our image encoder, and more.
 
     ``vision_config`` is a :class:`~mmkern.models.blip2_base.ClipVisionConfig`, or transformers'
-    ``CLIPVisionConfig``, which becomes one. ``vision_feature_layer`` counts blocks from the end; those
-    behind it are never built: from then on it is -1, and ``num_hidden_layers`` what is left. So a configuration that was read and one that was written say the same.
+    ``CLIPVisionConfig``, which becomes one. ``vision_feature_layer`` counts blocks from the end.
+    Those behind it are never built: from then on it is -1, and ``num_hidden_layers`` what is left,
+    so that a configuration that was read and one that was written say the same.
 
     Args:
         mm_projector_type: ``mlp2x_gelu`` (1.5) or ``linear`` (1.0).

@@ -9,8 +9,8 @@ language_model    language_model                      model.language_model, lm_h
 ================  ==================================  ==================================
 
 ``transformers`` is the state dict of its live ``LlavaForConditionalGeneration``,
-``transformers_files`` what it writes and the hub has (older ones with a level ``vision_model`` below
-``vision_tower``). ``original`` is that of the authors' repository:
+``transformers_files`` what it writes and the hub has (older ones with a level ``vision_model``
+below ``vision_tower``). ``original`` is that of the authors' repository:
 ``model.vision_tower.vision_tower.vision_model``, ``model.mm_projector.{0,2}`` (without a number for
 the linear projector), ``model.layers`` and so on, ``lm_head``. Our image encoder has OpenAI's keys
 and fused q, k and v.

@@ -19,6 +19,7 @@ READERS: dict[str, Callable[..., Any]] = {
     "csv": data.PairDataset.from_csv,
     "jsonl": data.PairDataset.from_jsonl,
     "shards": data.ShardDataset,
+    "conversations": data.ConversationDataset.from_json,
 }
 
 
@@ -53,10 +54,12 @@ def build_data(recipe: Recipe, model: Any, rank: int = 0, world_size: int = 1) -
         elif source.source == "emoji":
             view = emoji_view(source, image_size(model))
             dataset = view
-            if source.mixture:
+            if source.mixture and batches == "conversation":
+                dataset = data.EmojiConversations(view, list(source.mixture), seed)
+            elif source.mixture:
                 kinds = {kind: data.EmojiQuestions(view, kind, seed) for kind in source.mixture}
                 dataset = _mixture(source, kinds, seed)
-            elif batches != "language":
+            elif batches not in ("language", "conversation"):
                 rows = recipe.train.batch_size // world_size
                 labels = view.group_ids()
                 sampler = data.UniqueBatchSampler(
@@ -64,6 +67,15 @@ def build_data(recipe: Recipe, model: Any, rank: int = 0, world_size: int = 1) -
                 )
         else:
             dataset = READERS[source.source](source.path, seed=seed, **source.options)
+        if source.source == "conversations":
+            sampler = data.GroupedBatchSampler(
+                dataset.lengths(model.image_positions),
+                dataset.pictured,
+                recipe.train.batch_size // world_size,
+                seed,
+                rank=rank,
+                world_size=world_size,
+            )
     if isinstance(collator, data.ContrastiveCollator) and source.source == "emoji":
         collator.pretokenize(dataset.names)
     return TrainingData(dataset, sampler, collator)
@@ -104,7 +116,7 @@ def build_collator(recipe: Recipe, model: Any, *, test: bool = False) -> Any:
         transform: Any = (
             data.PixelTransform(**augment)
             if source.source == "emoji"
-            else data.ClipTransform(image_size(model), **augment)
+            else data.ClipTransform(image_size(model), pad=source.pad, **augment)
         )
         kind = system(recipe).batches
         if kind == "contrastive":
@@ -118,7 +130,26 @@ def build_collator(recipe: Recipe, model: Any, *, test: bool = False) -> Any:
             return data.PretrainingCollator(
                 transform, tokenizer, texts=texts, length=source.text.length, seed=seed
             )
+        if kind == "conversation":
+            return _conversation_collator(recipe, model, transform, texts)
         return _language_collator(recipe, model, transform, texts)
+
+
+def _conversation_collator(recipe: Recipe, model: Any, transform: Any, texts: data.Texts) -> Any:
+    settings, config = recipe.data.text, model.config
+    tokenizer = load_tokenizer(settings.tokenizer)
+    _require_room(len(tokenizer), config.text_config.vocab_size)
+    return data.ConversationCollator(
+        transform,
+        tokenizer,
+        model.image_positions,
+        config.image_token_index,
+        template=settings.template,
+        texts=texts,
+        max_length=settings.max_length,
+        bos=tokenizer.bos_token_id if settings.bos else None,
+        seed=recipe.train.seed,
+    )
 
 
 def _language_collator(recipe: Recipe, model: Any, transform: Any, texts: data.Texts) -> Any:
@@ -197,9 +228,11 @@ def check_data(recipe: Recipe, trained: System) -> None:
             "recipe: data.options.epoch_samples must be set for shards: pairs in an epoch over all "
             "processes (tar files do not say how many they hold)"
         )
-    augmentation = parameters(transform.__init__) - {"size", "mean", "std", "train"}
+    augmentation = parameters(transform.__init__) - {"size", "mean", "std", "train", "pad"}
     check_keys("data.augment", source.augment or {}, augmentation)
-    if source.mixture and trained.batches != "language":
+    if (source.source == "conversations") > (trained.batches == "conversation"):
+        raise RecipeError(f"recipe: data.source: {trained.name} is not trained on conversations")
+    if source.mixture and trained.batches not in ("language", "conversation"):
         raise RecipeError(f"recipe: data.mixture: {trained.name} is trained on captions")
     if trained.batches != "contrastive" and source.text.tokenizer is None:
         raise RecipeError(f"recipe: data.text.tokenizer must be set for {trained.name}")

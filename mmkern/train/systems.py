@@ -17,7 +17,7 @@ from torch import nn
 import mmkern.models
 from mmkern.train.recipe import Recipe, RecipeError, nearest
 
-Batches = Literal["contrastive", "pretraining", "language"]
+Batches = Literal["contrastive", "pretraining", "language", "conversation"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,13 @@ SYSTEMS: dict[str, System] = {
         "language",
         "linear_cross_entropy_fwd",
         ("vision", "qformer", "language_model", "projection"),
+    ),
+    "LlavaForConditionalGeneration": System(
+        "llava",
+        "llava",
+        "conversation",
+        "linear_cross_entropy_fwd",
+        ("vision", "language_model", "projector", "earlier"),
     ),
 }
 

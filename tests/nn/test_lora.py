@@ -61,8 +61,11 @@ def test_merged_layer_computes_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"rank": 0}, "rank must be at least 1"),
-                             ({"rank": 2, "dropout": 1.5}, r"dropout must be in \[0, 1\]")]  # fmt: skip
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank must be at least 1"),
+        ({"rank": 2, "dropout": 1.5}, r"dropout must be in \[0, 1\]"),
+    ],
 )
 def test_impossible_adapters(options: dict[str, float], message: str) -> None:
     """A rank of 0 would train nothing without a word."""
