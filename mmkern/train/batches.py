@@ -210,6 +210,8 @@ def check_data(recipe: Recipe, trained: System) -> None:
         RecipeError: naming the key.
     """
     source = recipe.data
+    if source.source == "conversations" and trained.batches != "conversation":
+        raise RecipeError(f"recipe: data.source: {trained.name} is not trained on conversations")
     transform: Any = data.ClipTransform
     if source.source == "emoji":
         allowed, transform = parameters(data.EmojiData.view), data.PixelTransform
@@ -230,8 +232,6 @@ def check_data(recipe: Recipe, trained: System) -> None:
         )
     augmentation = parameters(transform.__init__) - {"size", "mean", "std", "train", "pad"}
     check_keys("data.augment", source.augment or {}, augmentation)
-    if (source.source == "conversations") > (trained.batches == "conversation"):
-        raise RecipeError(f"recipe: data.source: {trained.name} is not trained on conversations")
     if source.mixture and trained.batches not in ("language", "conversation"):
         raise RecipeError(f"recipe: data.mixture: {trained.name} is trained on captions")
     if trained.batches != "contrastive" and source.text.tokenizer is None:

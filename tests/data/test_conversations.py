@@ -15,6 +15,7 @@ from mmkern.data import (
     ClipTransform,
     ConversationCollator,
     ConversationDataset,
+    ImageError,
     PairError,
     Turn,
     read_turns,
@@ -25,7 +26,7 @@ IMAGE_ID, TOKENS, BOS = 400, 3, 0
 RED, BLUE = Image.new("RGB", (20, 16), "red"), Image.new("RGB", (16, 20), "blue")
 TURNS = [
     Turn("what is this?", "a tiger face", 1),
-    Turn("which colour?", "red  and\nblue, half past ten"),
+    Turn("which colour?", "red  and blue, half past ten"),
     Turn("yes?", "no"),
 ]
 TOKENIZERS = {"byte level": byte_level, "sentence pieces": sentence_pieces}
@@ -161,11 +162,11 @@ def test_pictures_that_do_not_fit(turns: Any, images: Any, message: str) -> None
 
 def test_long_conversations() -> None:
     """A cut would leave part of a picture, or an answerless sample would make the loss NaN."""
-    collate = collator(max_length=40)
+    collate = collator(template="bare", max_length=40)
     batch = collate([sample([Turn("why? " * 60, "no")], []), sample(TURNS[2:], [], 1)])
     assert batch["input_ids"].shape[1] <= 40
-    assert (batch["labels"] != -100).any(1).tolist() == [False, True] or collate.skipped == 2
-    assert collate.skipped >= 1
+    assert (batch["labels"] != -100).any(1).tolist() == [False, True]
+    assert collate.skipped == 1
     late = [Turn("why? " * 60, "no"), Turn("and this?", "no", 1)]
     with pytest.raises(ValueError, match="sample 0 takes .* max_length is 40: .*cut a picture"):
         collate([sample(late, [RED])])
@@ -254,7 +255,7 @@ def test_broken_pictures(tmp_path: Path) -> None:
     made[0]["image"] = "broken.png"
     table = tmp_path / "data.json"
     table.write_text(json.dumps(made))
-    with pytest.raises(Exception, match=r"broken\.png"):
+    with pytest.raises(ImageError, match=r"broken\.png"):
         ConversationDataset.from_json(table)[0]
     data = ConversationDataset.from_json(table, on_error="skip")
     assert data[0]["turns"] in (data[1]["turns"], data[2]["turns"])
