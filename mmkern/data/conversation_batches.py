@@ -140,10 +140,11 @@ class ConversationCollator(EpochAware, _LanguageCollator):
                 prompt, answer = self.texts([sample], keys[number : number + 1])[0]
                 images = [sample["image"]] if "image" in sample else []
                 turns = [Turn(prompt, answer, len(images))]
-            if not turns or (tags := sum(turn.images for turn in turns)) != len(images):
+            tags = sum(turn.images for turn in turns)
+            if not turns or tags != len(images):
                 raise ValueError(
                     f"ConversationCollator: sample {number} has {len(images)} pictures, its "
-                    f"{len(turns)} rounds have places for {tags if turns else 0}"
+                    f"{len(turns)} rounds have places for {tags}"
                 )
             found.append((turns, images))
         return found, keys

@@ -130,8 +130,8 @@ def read_turns(conversations: Any) -> list[Turn]:
     """
     if not isinstance(conversations, list) or not all(isinstance(t, dict) for t in conversations):
         raise ValueError(f"'conversations' must be a list of turns, got {conversations!r:.80}")
-    turns = conversations[1:] if conversations and conversations[0].get("from") == "gpt" else None
-    turns = conversations if turns is None else turns
+    answer_first = bool(conversations) and conversations[0].get("from") == "gpt"
+    turns = conversations[1:] if answer_first else conversations
     if not turns or len(turns) % 2:
         raise ValueError(f"'conversations' must be pairs of turns, got {len(turns)}")
     rounds = []

@@ -187,7 +187,8 @@ class GroupedBatchSampler(_BatchSampler):
     def _deal(self) -> NDArray[np.int64]:
         rows = self.batch_size * self.world_size
         order = permutation(self.seed, self.epoch, len(self.lengths), Stream.SAMPLE_ORDER)
-        batches, left = [], []
+        batches: list[NDArray[np.int64]] = []
+        left: list[NDArray[np.int64]] = []
         for kind in np.unique(self.kinds):
             own = order[self.kinds[order] == kind]
             whole = len(own) // rows * rows

@@ -180,7 +180,8 @@ class LlavaForConditionalGeneration(LanguageSide):
         self.vision_model = FeatureTower(config.vision_config, keep)
         if language_model is not None:
             config.text_config = language_model.config
-        self.language_model = language_model or _language_model(config.text_config)
+        given = language_model is not None
+        self.language_model = language_model if given else _language_model(config.text_config)
         if self.language_model.config.is_encoder_decoder:
             raise ValueError(f"{self._name}: the language model must be causal")
         width = self.language_model.get_input_embeddings().weight.shape[1]
