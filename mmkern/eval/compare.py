@@ -3,8 +3,8 @@
 What ``mmkern eval`` wrote of each run is put into one table: a row is one task (captions, or a kind
 of question) on one vendor with so many questions, and only runs that were measured on the very same
 are in it. CLIP writes no text; it is asked the same tasks here, and its answer is the candidate
-whose prompt lies nearest to the picture. What neither a name nor a kind of thing answers ("yes"), it
-is not asked.
+whose prompt lies nearest to the picture. It is not asked what neither a name nor a kind of thing
+answers ("yes").
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def test_plain_is_picture_and_caption() -> None:
 
 
 def test_prompt_and_answer_make_the_training_row() -> None:
-    """Generation would begin from other tokens than training, and candidates be ranked as others."""
+    """Generation would begin from other tokens than training, and rank other candidates."""
     collate = collator(template="llama_2")
     whole = collate([sample(TURNS, [RED])])["input_ids"][0].tolist()
     prompt = collate.prompts([sample(TURNS, [RED])])["input_ids"][0].tolist()
@@ -168,7 +168,7 @@ def test_long_conversations() -> None:
     assert (batch["labels"] != -100).any(1).tolist() == [False, True]
     assert collate.skipped == 1
     late = [Turn("why? " * 60, "no"), Turn("and this?", "no", 1)]
-    with pytest.raises(ValueError, match="sample 0 takes .* max_length is 40: .*cut a picture"):
+    with pytest.raises(ValueError, match=r"sample 0 takes .* max_length is 40: .*cut a picture"):
         collate([sample(late, [RED])])
 
 

@@ -42,7 +42,7 @@ def test_a_draw_is_of_seed_epoch_and_index(made: EmojiConversations) -> None:
 
 
 def test_questions_follow_the_epoch(made: EmojiConversations) -> None:
-    """"Is there a flag?" would be asked of a picture in every epoch, always with one answer."""
+    """ "Is there a flag?" would be asked of a picture in every epoch, always with one answer."""
     kind = EmojiConversations(made.view, ["yes_no"], seed=3, rounds=(1, 1))
     answers = []
     for epoch in range(8):

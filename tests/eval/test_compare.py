@@ -87,7 +87,9 @@ class OracleEncoder:
         self.transform = self
 
     def batch(self, pictures: list[torch.Tensor], keys: Any) -> torch.Tensor:
-        found = [next(i for i, p in enumerate(self.pictures) if torch.equal(p, q)) for q in pictures]
+        found = [
+            next(i for i, p in enumerate(self.pictures) if torch.equal(p, q)) for q in pictures
+        ]
         return torch.tensor(found).float().view(-1, 1, 1, 1)
 
     def texts(self, texts: list[str]) -> torch.Tensor:

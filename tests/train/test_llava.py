@@ -60,9 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_each_stage_trains_its_own(runs: Path) -> None:
     """Stage 1 would train more than the projector, or stage 2 begin from scratch."""
-    clip, one, two = (
-        run.load_run(runs / name)[1].state_dict() for name in ("clip-emoji", *STAGES)
-    )
+    clip, one, two = (run.load_run(runs / name)[1].state_dict() for name in ("clip-emoji", *STAGES))
     blocks = {n.split(".")[3] for n in one if n.startswith("vision_model.transformer.resblocks.")}
     assert blocks == {"0"}  # of two: features are the second-last block's
     for later in (one, two):
