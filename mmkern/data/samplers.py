@@ -197,8 +197,8 @@ class GroupedBatchSampler(_BatchSampler):
         mixed = np.concatenate(left)
         batches += self._sorted(mixed[: len(mixed) // rows * rows])
         # Rank r's rows r, r + world, ... stand together, as all samplers here have them.
-        table = np.stack(batches).reshape(-1, self.batch_size, self.world_size)
-        table = table.transpose(0, 2, 1).reshape(-1, rows)
+        dealt = np.stack(batches).reshape(-1, self.batch_size, self.world_size)
+        table = dealt.transpose(0, 2, 1).reshape(-1, rows)
         return table[permutation(self.seed, self.epoch, self._batches, Stream.BATCH_ORDER)]
 
     def _sorted(self, samples: NDArray[np.int64]) -> list[NDArray[np.int64]]:

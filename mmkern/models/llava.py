@@ -69,7 +69,8 @@ class LlavaConfig(TransformersConfig):
     )  # fmt: skip
 
     def __post_init__(self, **kwargs: Any) -> None:
-        vision, layer = _vision_config(self.vision_config), self.vision_feature_layer
+        given: Any = self
+        vision, layer = _vision_config(given.vision_config), given.vision_feature_layer
         if not isinstance(layer, int) or not -vision.num_hidden_layers <= layer < 0:
             raise ValueError(
                 f"LlavaConfig: vision_feature_layer must be one of -1 to "
@@ -170,7 +171,7 @@ class LlavaForConditionalGeneration(LanguageSide):
     config_class = LlavaConfig
     base_model_prefix = "llava"
     main_input_name = "input_ids"
-    _keep_in_fp32_modules_strict = ("multi_modal_projector",)
+    _keep_in_fp32_modules_strict = ("multi_modal_projector",)  # type: ignore[assignment]
     # LAVIS has no LLaVA; :meth:`load_projector` is what an earlier stage hands on.
     start_from = from_lavis = to_lavis = None  # type: ignore[assignment]
 
@@ -438,7 +439,8 @@ class LlavaForConditionalGeneration(LanguageSide):
         config = self.config
         if config.mm_projector_type != "mlp2x_gelu":
             raise ValueError(f"{self._name}: transformers' LLaVA has no linear projector")
-        vocabulary = self.get_input_embeddings().weight.shape[0]
+        table: Any = self.get_input_embeddings()
+        vocabulary = table.weight.shape[0]
         if not config.image_token_index < vocabulary:
             raise ValueError(
                 f"{self._name}: transformers looks up the image token {config.image_token_index} "

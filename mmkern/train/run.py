@@ -182,10 +182,11 @@ def build_model(recipe: Recipe, *, fresh: bool = True) -> nn.Module:
     if fresh and recipe.model.weights is not None:
         checkpoint.load_strict(model, recipe.model.weights)
     if recipe.model.language_model_dtype != "fp32":
-        layers = (m for m in model.language_model.modules() if isinstance(m, LoRALinear))
+        language: Any = model.language_model
+        layers = (m for m in language.modules() if isinstance(m, LoRALinear))
         adapters = [p.weight for layer in layers for p in (layer.lora_A, layer.lora_B)]
         values = [weight.data for weight in adapters]
-        model.language_model.to(_DTYPES[recipe.model.language_model_dtype])
+        language.to(_DTYPES[recipe.model.language_model_dtype])
         for weight, value in zip(adapters, values, strict=True):
             weight.data = value  # trained, so in fp32
     return model
