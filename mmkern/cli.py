@@ -47,6 +47,9 @@ examples:
       zero-shot accuracy on vendors that were never trained on, beside chance and pixel lookup;
       prompt wordings, retrieval, linear probe, robustness; about a minute on two CPU cores
   mmkern eval runs/clip-emoji evaluation.batch_size=64
+  mmkern eval compare runs/clip-emoji runs/instructblip-emoji runs/llava-emoji-stage2
+      runs that were measured, side by side on the pictures and questions that they share: one
+      table, and compare.png and compare.json in the current directory
 """
 
 COMPOSE_HELP = """\
@@ -137,8 +140,15 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", metavar="RECIPE", help="name of a recipe, or a path to a .yaml")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="change a recipe's key")
     evaluate = add("eval", "measure a trained run", EVAL_HELP, _evaluate)
-    evaluate.add_argument("directory", metavar="RUN", help="directory that `mmkern train` wrote")
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="change a recipe's key")
+    evaluate.add_argument(
+        "directory", metavar="RUN", help="directory that `mmkern train` wrote; or `compare`"
+    )
+    evaluate.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="change a recipe's key; after `compare`, the runs",
+    )
     article = add("compose", "an article with pictures", COMPOSE_HELP, _compose)
     article.add_argument("--title", required=True, help="of the article")
     article.add_argument("--pictures", required=True, metavar="FOLDER", type=Path)
@@ -232,6 +242,8 @@ def _train(chosen: argparse.Namespace) -> int:
 
 
 def _evaluate(chosen: argparse.Namespace) -> int:
+    if chosen.directory == "compare":
+        return _compare(chosen.overrides)
     started = time.perf_counter()
     if wrong := [o for o in chosen.overrides if not o.startswith("evaluation.")]:
         raise UserError(f"{wrong[0]}: only keys under evaluation can change after training")
@@ -260,6 +272,17 @@ def _compose(chosen: argparse.Namespace) -> int:
 
         page, table = run(chosen, lambda line: print(line, file=sys.stderr, flush=True))
     print(f"written: {page} and {table}")
+    return 0
+
+
+def _compare(runs: Sequence[str]) -> int:
+    if len(runs) < 2:
+        raise UserError(f"compare: needs at least two runs, got {list(runs)}")
+    with _user_errors():
+        from mmkern.measure import compare
+
+        print(compare([Path(run) for run in runs], Path()))
+    print("\nwritten: compare.json, compare.png")
     return 0
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,54 @@ def report(recipe: Recipe, metrics: dict[str, Any]) -> str:
     return "\n".join(f"{name:<20}{100 * value:6.1f}%" for name, value in rows)
 
 
+def compare(runs: Sequence[Path], folder: Path) -> str:
+    """Measured runs side by side, as text; ``compare.json`` and ``compare.png`` in ``folder``.
+
+    Columns are named by the runs' directories.
+
+    Raises:
+        RecipeError: runs of one name, one that is not of emoji or was not measured, or no task that
+            two of them share.
+        CheckpointError: not a run.
+    """
+    from mmkern.eval import compare as side_by_side
+    from mmkern.train.recipe import load_recipe
+    from mmkern.train.run import METRICS_FILE, RECIPE_FILE, load_run
+
+    scores: dict[str, Any] = {}
+    clips: dict[str, tuple[Recipe, Any]] = {}
+    for run in runs:
+        name = run.resolve().name
+        if name in scores:
+            raise RecipeError(f"compare: two runs are called {name!r}")
+        recipe = load_recipe(run / RECIPE_FILE)
+        if recipe.data.source != "emoji":
+            raise RecipeError(f"compare: {run} was not trained on emoji")
+        path = run / METRICS_FILE
+        metrics = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        scores[name] = side_by_side.rows(metrics)
+        if system(recipe).name == "clip":
+            clips[name] = load_run(run)
+        elif not scores[name]:
+            raise RecipeError(f"compare: {run} has no captions or questions; mmkern eval {run}")
+    keys = list(dict.fromkeys(key for of in scores.values() for key in of))
+    for name, (recipe, model) in clips.items():
+        _say(f"the same questions with {name}")
+        templates = recipe.evaluation.templates or ("{}",)
+        scores[name] = side_by_side.clip_scores(_encoder(recipe, model), keys, templates)
+    try:
+        text = side_by_side.table(scores)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    side_by_side.figure(scores, folder / "compare.png")
+    plain = {
+        name: [{**key._asdict(), **values} for key, values in of.items()]
+        for name, of in scores.items()
+    }
+    (folder / "compare.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+    return text
+
+
 def loss_history(directory: Path) -> list[tuple[float, float]]:
     from mmkern.train.checkpoint import STATE, complete_checkpoints
 
@@ -52,7 +100,6 @@ def _measure_emoji(directory: Path, recipe: Recipe, model: Any) -> dict[str, Any
     """Zero-shot on held-out vendors and all that goes with it; draws into ``directory``."""
     from mmkern import data
     from mmkern.eval import emoji_report
-    from mmkern.eval.emoji import EmojiEncoder
     from mmkern.eval.plots import plot_losses
 
     source, options = recipe.data, recipe.evaluation.options
@@ -61,12 +108,7 @@ def _measure_emoji(directory: Path, recipe: Recipe, model: Any) -> dict[str, Any
         emoji_report.check_options(options, trained, source.options.get("reserve"))
     except ValueError as error:
         raise RecipeError(f"recipe: {error}") from error
-    encoder = EmojiEncoder(
-        model,
-        data.ClipTokenizer(source.vocabulary, model.config.context_length),
-        data.PixelTransform(source.mean or data.MEAN, source.std or data.STD),
-        batch_size=recipe.evaluation.batch_size,
-    )
+    encoder = _encoder(recipe, model)
     if history := loss_history(directory):  # none yet if the run was killed early
         chance = math.log(recipe.train.batch_size)
         plot_losses(history, directory / "losses.png", chance=chance)
@@ -78,6 +120,19 @@ def _measure_emoji(directory: Path, recipe: Recipe, model: Any) -> dict[str, Any
         reserve=source.options.get("reserve"),
         progress=_say,
         **options,
+    )
+
+
+def _encoder(recipe: Recipe, model: Any) -> Any:
+    from mmkern import data
+    from mmkern.eval.emoji import EmojiEncoder
+
+    source = recipe.data
+    return EmojiEncoder(
+        model,
+        data.ClipTokenizer(source.vocabulary, model.config.context_length),
+        data.PixelTransform(source.mean or data.MEAN, source.std or data.STD),
+        batch_size=recipe.evaluation.batch_size,
     )
 
 
@@ -232,6 +287,20 @@ def _measure_answers(directory: Path, recipe: Recipe, model: Any) -> dict[str, A
     }
 
 
+def _measure_llava(directory: Path, recipe: Recipe, model: Any) -> dict[str, Any]:
+    """ScienceQA's problems if ``evaluation.options.scienceqa`` names their folder, else answers."""
+    from mmkern.eval import scienceqa
+
+    options = recipe.evaluation.options
+    if "scienceqa" not in options:
+        return _measure_answers(directory, recipe, model)
+    if unknown := set(options) - {"scienceqa", "split", "problems"}:
+        raise RecipeError(f"evaluation.options: scienceqa does not take {sorted(unknown)}")
+    problems = scienceqa.read_problems(options["scienceqa"], options.get("split", "test"))
+    problems = problems[: options.get("problems", len(problems))]
+    return {"answers": scienceqa.evaluate(_answerer(recipe, model), problems)}
+
+
 def _answerer(recipe: Recipe, model: Any) -> Any:
     from mmkern.eval.answers import Answerer
     from mmkern.train.batches import build_collator
@@ -282,4 +351,6 @@ _MEASURES: dict[tuple[str, bool], Callable[[Path, Recipe, Any], dict[str, Any]]]
     ("instructblip", False): _measure_answers,
     ("xcomposer", True): _measure_emoji_composer,
     ("xcomposer", False): _measure_answers,
+    ("llava", True): _measure_emoji_answers,
+    ("llava", False): _measure_llava,
 }

@@ -1,7 +1,10 @@
 """Images, text, collators and the small real data sets."""
 
 from mmkern.data.collator import ContrastiveCollator
+from mmkern.data.conversation_batches import ConversationCollator
+from mmkern.data.conversations import CONVERSATIONS, ConversationDataset, Template, Turn, read_turns
 from mmkern.data.emoji import EmojiData, EmojiView, pixel_neighbour_top1
+from mmkern.data.emoji_conversations import EmojiConversations
 from mmkern.data.emoji_grids import GRID_KINDS, EmojiGrids
 from mmkern.data.emoji_questions import KINDS, EmojiQuestions
 from mmkern.data.images import (
@@ -18,13 +21,14 @@ from mmkern.data.language import CausalCollator, PretrainingCollator, Seq2SeqCol
 from mmkern.data.mixture import Mixture
 from mmkern.data.pairs import PairDataset, PairError
 from mmkern.data.questions import QuestionDataset
-from mmkern.data.samplers import UniqueBatchSampler
+from mmkern.data.samplers import GroupedBatchSampler, UniqueBatchSampler
 from mmkern.data.shards import ShardDataset, ShardError
 from mmkern.data.text_questions import TextQuestions
 from mmkern.data.tiles import TileTransform
 from mmkern.data.tokenizer import ClipTokenizer
 
 __all__ = [
+    "CONVERSATIONS",
     "GRID_KINDS",
     "KINDS",
     "MEAN",
@@ -34,10 +38,14 @@ __all__ = [
     "ClipTokenizer",
     "ClipTransform",
     "ContrastiveCollator",
+    "ConversationCollator",
+    "ConversationDataset",
+    "EmojiConversations",
     "EmojiData",
     "EmojiGrids",
     "EmojiQuestions",
     "EmojiView",
+    "GroupedBatchSampler",
     "ImageError",
     "InterleavedCollator",
     "Mixture",
@@ -50,10 +58,13 @@ __all__ = [
     "Seq2SeqCollator",
     "ShardDataset",
     "ShardError",
+    "Template",
     "TextQuestions",
     "Texts",
     "TileTransform",
+    "Turn",
     "UniqueBatchSampler",
     "open_image",
     "pixel_neighbour_top1",
+    "read_turns",
 ]

@@ -264,12 +264,18 @@ class ClipTransform:
     ``ratio``, resized to size x size (torchvision's RandomResizedCrop; CLIP's scale is (0.9, 1)),
     and with ``flip`` mirrored half of the time (as BLIP-2's).
 
+    With ``pad`` a picture is first fitted into a square whose border is the mean colour, (122, 116,
+    104) for CLIP's, so that nothing is cut off (LLaVA 1.5). The authors make the square first and
+    resize it then, which needs an area of the long edge squared; here the picture is resized to the
+    square's size and then bordered, which differs where the filter crosses the border.
+
     Args:
         size: edge of the result in pixels.
         mean, std: per channel, of values in 0..1.
         train: augment.
         scale, ratio: ranges for the training crop.
         flip: mirror training pictures left to right, half of them.
+        pad: see above.
 
     Raises:
         ValueError: a size below 1, ranges that are not 0 < low <= high, wrong channel counts.
@@ -285,6 +291,7 @@ class ClipTransform:
         scale: tuple[float, float] = (0.9, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: bool = False,
+        pad: bool = False,
     ) -> None:
         _positive("ClipTransform", "size", size)
         for argument, (low, high) in (("scale", scale), ("ratio", ratio)):
@@ -297,6 +304,7 @@ class ClipTransform:
         self.scale = scale
         self.ratio = ratio
         self.flip = flip
+        self._border = tuple(int(255 * value) for value in mean) if pad else None
         self._mean, self._std = _channels("ClipTransform", mean, std)
 
     def __call__(self, picture: Any, generator: torch.Generator | None = None) -> Tensor:
@@ -316,6 +324,8 @@ class ClipTransform:
         """
         if not isinstance(picture, Image.Image) or picture.mode != "RGB":
             picture = open_image(picture)
+        if self._border is not None:
+            picture = _padded(picture, self.size, self._border)
         if not self.train:
             picture = _resize_and_crop(picture, self.size)
         elif generator is None:
@@ -338,6 +348,19 @@ class ClipTransform:
                 for picture, key in zip(pictures, keys, strict=True)
             ]
         )
+
+
+def _padded(picture: Image.Image, size: int, border: tuple[int, ...]) -> Image.Image:
+    """The whole picture, its long edge ``size``, in the middle of a square."""
+    width, height = picture.size
+    longest = max(width, height)
+    fitted = picture.resize(
+        (max(1, round(size * width / longest)), max(1, round(size * height / longest))),
+        Image.Resampling.BICUBIC,
+    )
+    square = Image.new("RGB", (size, size), border)
+    square.paste(fitted, ((size - fitted.width) // 2, (size - fitted.height) // 2))
+    return square
 
 
 def _resize_and_crop(picture: Image.Image, size: int) -> Image.Image:

@@ -43,6 +43,7 @@ class Stream(IntEnum):
     ANSWER = 13
     UNSEEN = 14
     CHOICE = 16
+    ROUNDS = 20
     # Families with one stream a row or a pass: the rest of the range.
     ROW_ORDER = 1 << 32
     SHARD_ORDER = 2 << 32

@@ -311,3 +311,17 @@ def raise_for_keys(
     found = [f"{kind}: {', '.join(sorted(keys))}" for kind, keys in kinds.items() if keys]
     if found:
         raise ValueError(f"{where}: the checkpoint does not fit; " + "; ".join(found))
+
+
+def vision_pairs(blocks: int) -> dict[str, tuple[str, ...]]:
+    """What :func:`_pairs` says of the vision transformer alone, with so many blocks.
+
+    Without the prefixes ``visual.`` and ``vision_model.``; without the last norm and the
+    projection, which serve the pooled token.
+    """
+    pairs = _pairs({"visual.transformer.resblocks": blocks, "transformer.resblocks": 0})
+    return {
+        ours.removeprefix("visual."): tuple(n.removeprefix("vision_model.") for n in theirs)
+        for ours, theirs in pairs.items()
+        if ours.startswith("visual.") and ours != "visual.proj" and "ln_post" not in ours
+    }

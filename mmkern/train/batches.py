@@ -22,9 +22,10 @@ READERS: dict[str, Callable[..., Any]] = {
     "csv": data.PairDataset.from_csv,
     "jsonl": data.PairDataset.from_jsonl,
     "shards": data.ShardDataset,
+    "conversations": data.ConversationDataset.from_json,
 }
 # Batches of a language model, which questions can be asked of.
-_TEXTS = ("language", "interleaved")
+_TEXTS = ("language", "interleaved", "conversation")
 # Kinds of tables whose rows are no questions about one picture: articles with pictures
 # (docs/composition.md), questions without any.
 _TABLES: dict[str, Callable[..., Any]] = {
@@ -69,7 +70,9 @@ def build_data(recipe: Recipe, model: Any, rank: int = 0, world_size: int = 1) -
         elif source.source == "emoji":
             view = emoji_view(source, image_size(model))
             dataset = view
-            if source.mixture:
+            if source.mixture and batches == "conversation":
+                dataset = data.EmojiConversations(view, list(source.mixture), seed)
+            elif source.mixture:
                 kinds = {kind: _EMOJI[kind](view, kind, seed) for kind in source.mixture}
                 dataset = _mixture(source, kinds, seed)
             elif batches not in _TEXTS:
@@ -80,6 +83,15 @@ def build_data(recipe: Recipe, model: Any, rank: int = 0, world_size: int = 1) -
                 )
         else:
             dataset = READERS[source.source](source.path, seed=seed, **source.options)
+        if source.source == "conversations":
+            sampler = data.GroupedBatchSampler(
+                dataset.lengths(model.image_positions),
+                dataset.pictured,
+                recipe.train.batch_size // world_size,
+                seed,
+                rank=rank,
+                world_size=world_size,
+            )
     if isinstance(collator, data.ContrastiveCollator) and source.source == "emoji":
         collator.pretokenize(dataset.names)
     return TrainingData(dataset, sampler, collator)
@@ -129,7 +141,7 @@ def build_collator(recipe: Recipe, model: Any, *, test: bool = False) -> Any:
         elif getattr(model.config, "hd_num", 0):
             transform = data.TileTransform(image_size(model), model.config.hd_num, **statistics)
         else:
-            transform = data.ClipTransform(image_size(model), **augment)
+            transform = data.ClipTransform(image_size(model), pad=source.pad, **augment)
         kind = system(recipe).batches
         if kind == "contrastive":
             tokenizer = data.ClipTokenizer(source.vocabulary, model.config.context_length)
@@ -142,7 +154,26 @@ def build_collator(recipe: Recipe, model: Any, *, test: bool = False) -> Any:
             return data.PretrainingCollator(
                 transform, tokenizer, texts=texts, length=source.text.length, seed=seed
             )
+        if kind == "conversation":
+            return _conversation_collator(recipe, model, transform, texts)
         return _language_collator(recipe, model, transform, texts)
+
+
+def _conversation_collator(recipe: Recipe, model: Any, transform: Any, texts: data.Texts) -> Any:
+    settings, config = recipe.data.text, model.config
+    tokenizer = load_tokenizer(settings.tokenizer)
+    _require_room(len(tokenizer), config.text_config.vocab_size)
+    return data.ConversationCollator(
+        transform,
+        tokenizer,
+        model.image_positions,
+        config.image_token_index,
+        template=settings.template,
+        texts=texts,
+        max_length=settings.max_length or 2048,  # LLaVA's
+        bos=tokenizer.bos_token_id if settings.bos else None,
+        seed=recipe.train.seed,
+    )
 
 
 def _language_collator(recipe: Recipe, model: Any, transform: Any, texts: data.Texts) -> Any:
@@ -208,6 +239,8 @@ def check_data(recipe: Recipe, trained: System) -> None:
         RecipeError: naming the key.
     """
     source = recipe.data
+    if source.source == "conversations" and trained.batches != "conversation":
+        raise RecipeError(f"recipe: data.source: {trained.name} is not trained on conversations")
     transform: Any = data.ClipTransform
     if source.source == "emoji":
         allowed, transform = parameters(data.EmojiData.view), data.PixelTransform
@@ -231,7 +264,7 @@ def check_data(recipe: Recipe, trained: System) -> None:
             "recipe: data.options.epoch_samples must be set for shards: pairs in an epoch over all "
             "processes (tar files do not say how many they hold)"
         )
-    augmentation = parameters(transform.__init__) - {"size", "mean", "std", "train"}
+    augmentation = parameters(transform.__init__) - {"size", "mean", "std", "train", "pad"}
     check_keys("data.augment", source.augment or {}, augmentation)
     if source.mixture and trained.batches not in _TEXTS:
         raise RecipeError(f"recipe: data.mixture: {trained.name} is trained on captions")

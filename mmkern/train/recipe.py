@@ -91,8 +91,10 @@ class TextConfig:
         prompt_length, answer_length: tokens at most.
         bos: begin texts with the tokenizer's first token; ``label_bos``: and train on it.
         end: text that ends an answer; null is the tokenizer's own end.
-        max_length: tokens of a row of text and images at most, instead of the two lengths
-            (InternLM-XComposer and XComposer2).
+        template: how conversations become texts (LLaVA): ``v1``, ``llama_2``, ``bare`` (v1 without
+            its first words), or ``plain`` for captions (:data:`mmkern.data.CONVERSATIONS`).
+        max_length: tokens of a row of text and images at most, instead of the two lengths (LLaVA,
+            InternLM-XComposer and XComposer2).
         chat: the two tokens that begin and end a turn: prompts and answers are then turns of a
             conversation (the same two).
     """
@@ -106,6 +108,7 @@ class TextConfig:
     bos: bool = False
     label_bos: bool = False
     end: str | None = None
+    template: Literal["v1", "llama_2", "bare", "plain"] = "v1"
     max_length: int | None = None
     chat: tuple[str, str] | None = None
 
@@ -123,26 +126,30 @@ class DataConfig:
 
     Attributes:
         source: ``emoji`` (pictures that come in Python packages), a ``folder`` of pictures with
-            captions beside them, a ``csv`` or ``jsonl`` table, webdataset tar ``shards``, or a
-            ``mixture`` of questions in JSON lines.
+            captions beside them, a ``csv`` or ``jsonl`` table, webdataset tar ``shards``, a
+            ``mixture`` of questions in JSON lines, or LLaVA's ``conversations`` in JSON.
         path: the folder, the table, or the shards' pattern. Not used by ``emoji`` and ``mixture``.
         options: further keyword arguments of that source's reader (column names, for example).
         templates: captions are put in the place of "{}" in one of these, drawn anew each epoch.
         augment: arguments of the augmentation (``ClipTransform``: scale, ratio; for emoji
             ``PixelTransform``: shift, jitter); null switches it off.
+        pad: fit whole pictures into a square, its border of CLIP's mean colour (LLaVA 1.5's
+            finetuning), instead of cropping them; not for emoji.
         mean, std: normalisation, CLIP's when null.
         vocabulary: CLIP's vocabulary file; null finds an installed one.
         text: tokens of the other systems.
         mixture: name -> data set of questions. With ``emoji`` the names are kinds of questions, and
-            without any the names of the pictures are captions.
+            without any the names of the pictures are captions. LLaVA joins two or three of the
+            kinds in a conversation about each emoji; weights and ``samples`` do not count there.
         samples: of a mixture's epoch; null is the sum of its sizes.
     """
 
-    source: Literal["emoji", "folder", "csv", "jsonl", "shards", "mixture"]
+    source: Literal["emoji", "folder", "csv", "jsonl", "shards", "mixture", "conversations"]
     path: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     templates: tuple[str, ...] = ("{}",)
     augment: dict[str, Any] | None = field(default_factory=dict)
+    pad: bool = False
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     vocabulary: str | None = None

@@ -10,6 +10,7 @@ part                 source                                      what is taken
 ``language_model``   ``smollm2``, or a folder                    the language model
 ``projection``       a run of the second stage or InstructBLIP   the projection, and of the
                                                                  Q-Former what it was trained with
+``projector``        a file: LLaVA's ``mm_projector.bin``        its projector
 ``earlier``          a run of the same system                    all; LoRA that the run does not
                                                                  have stays fresh
 ===================  ==========================================  ================================
@@ -146,6 +147,10 @@ def _projection(model: Any, source: str, load_run: LoadRun) -> None:
     )
 
 
+def _projector(model: Any, source: str, load_run: LoadRun) -> None:
+    model.load_projector(source)
+
+
 def _earlier(model: Any, source: str, load_run: LoadRun) -> None:
     values = load_run(_run(source))[1].state_dict()
     _copy(model, values, lambda name: name in values or ".lora_" not in name)
@@ -156,6 +161,7 @@ _PARTS: dict[str, Callable[[Any, str, LoadRun], None]] = {
     "qformer": _qformer,
     "language_model": _language_model,
     "projection": _projection,
+    "projector": _projector,
     "earlier": _earlier,
 }
 ORDER = tuple(_PARTS)

@@ -19,7 +19,7 @@ from mmkern.compose.emoji import PICTURE_CHOICE
 from mmkern.data import GRID_KINDS
 from mmkern.train.recipe import Recipe, RecipeError, nearest
 
-Batches = Literal["contrastive", "pretraining", "language", "interleaved"]
+Batches = Literal["contrastive", "pretraining", "language", "interleaved", "conversation"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,13 @@ SYSTEMS: dict[str, System] = {
         "linear_cross_entropy_fwd",
         ("vision", "qformer", "language_model", "earlier"),
         kinds=(PICTURE_CHOICE,),
+    ),
+    "LlavaForConditionalGeneration": System(
+        "llava",
+        "llava",
+        "conversation",
+        "linear_cross_entropy_fwd",
+        ("vision", "language_model", "projector", "earlier"),
     ),
 }
 

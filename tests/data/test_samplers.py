@@ -1,9 +1,10 @@
 """Batches without repeated labels."""
 
+import numpy as np
 import pytest
 import torch
 
-from mmkern.data.samplers import UniqueBatchSampler
+from mmkern.data.samplers import GroupedBatchSampler, UniqueBatchSampler
 
 LABELS = torch.arange(200) % 37
 
@@ -90,3 +91,56 @@ def test_impossible_batches():
         UniqueBatchSampler(LABELS, 38)
     with pytest.raises(ValueError, match="0 <= rank < world_size"):
         UniqueBatchSampler(LABELS, 4, rank=2, world_size=2)
+
+
+def grouped(**options):
+    lengths = np.random.default_rng(0).integers(5, 100, 103)
+    kinds = np.arange(103) % 3 == 0
+    return lengths, kinds, GroupedBatchSampler(lengths, kinds, 4, seed=7, stretch=3, **options)
+
+
+def test_grouped_batches_are_of_one_kind_and_alike_lengths():
+    """Texts would wait for pictures, and most of a batch be padding."""
+    lengths, kinds, sampler = grouped()
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == 25
+    used = np.concatenate(batches)
+    assert len(set(used.tolist())) == 100
+    mixed = [batch for batch in batches if len(set(kinds[batch])) > 1]
+    assert len(mixed) <= 1
+    spread = np.mean([np.ptp(lengths[batch]) for batch in batches])
+    loose = np.mean([np.ptp(lengths[part]) for part in np.split(np.arange(100), 25)])
+    assert spread < 0.5 * loose
+
+
+def test_grouped_order_is_of_seed_and_epoch_and_resumes():
+    """A resumed run would see other batches, or every epoch the same."""
+    _, _, sampler = grouped()
+    first = list(sampler)
+    torch.rand(5)
+    assert list(grouped()[2]) == first
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    sampler.set_epoch(0, start=20)
+    assert list(sampler) == first[20:] and len(sampler) == 5
+
+
+def test_grouped_ranks_share_the_global_batch():
+    """Ranks would train on the same samples, or one rank on all the long ones."""
+    lengths, _, whole = grouped()
+    lengths = np.asarray(lengths)
+    parts = [list(GroupedBatchSampler(lengths, whole.kinds, 2, seed=7, stretch=3, rank=r,
+                                      world_size=2)) for r in range(2)]  # fmt: skip
+    for batch, first, second in zip(whole, *parts, strict=True):
+        assert sorted(first + second) == sorted(batch)
+        gap = abs(int(lengths[first].sum()) - int(lengths[second].sum()))
+        assert gap <= np.ptp(lengths[batch])
+
+
+@pytest.mark.parametrize("options", [{"stretch": 0}, {"rank": 2, "world_size": 2}])
+def test_grouped_sampler_refuses_what_it_cannot_do(options):
+    """A wrong number would show as an endless or an empty epoch."""
+    with pytest.raises(ValueError, match="GroupedBatchSampler"):
+        GroupedBatchSampler([1, 2, 3], [0, 0, 0], 2, **options)
+    with pytest.raises(ValueError, match="at least 4"):
+        GroupedBatchSampler([1, 2, 3], [0, 0, 0], 4)
