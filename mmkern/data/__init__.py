@@ -2,6 +2,7 @@
 
 from mmkern.data.collator import ContrastiveCollator
 from mmkern.data.emoji import EmojiData, EmojiView, pixel_neighbour_top1
+from mmkern.data.emoji_episodes import EmojiEpisodes
 from mmkern.data.emoji_questions import KINDS, EmojiQuestions
 from mmkern.data.images import (
     MEAN,
@@ -12,6 +13,7 @@ from mmkern.data.images import (
     open_image,
 )
 from mmkern.data.instructions import TEMPLATES, Question
+from mmkern.data.interleaved import InterleavedCollator, InterleavedDataset
 from mmkern.data.language import CausalCollator, PretrainingCollator, Seq2SeqCollator, Texts
 from mmkern.data.mixture import Mixture
 from mmkern.data.pairs import PairDataset, PairError
@@ -21,6 +23,9 @@ from mmkern.data.shards import ShardDataset, ShardError
 from mmkern.data.tokenizer import ClipTokenizer
 
 __all__ = [
+    "EmojiEpisodes",
+    "InterleavedCollator",
+    "InterleavedDataset",
     "KINDS",
     "MEAN",
     "STD",

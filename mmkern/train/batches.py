@@ -14,6 +14,11 @@ from mmkern.data.emoji import cache_directory
 from mmkern.train.recipe import DataConfig, Recipe, RecipeError, nearest
 from mmkern.train.systems import System, system
 
+# Kinds of a mixture for Flamingo.
+INTERLEAVED: dict[str, Callable[..., Any]] = {
+    "pairs": data.PairDataset.from_jsonl,
+    "documents": data.InterleavedDataset,
+}
 READERS: dict[str, Callable[..., Any]] = {
     "folder": data.PairDataset.from_folder,
     "csv": data.PairDataset.from_csv,
@@ -42,18 +47,27 @@ def build_data(recipe: Recipe, model: Any, rank: int = 0, world_size: int = 1) -
     collator = build_collator(recipe, model)
     sampler: Any = None
     with as_recipe_error("data"):
-        if source.source == "mixture":
+        if source.source == "mixture" and batches == "interleaved":
+            parts = {
+                name: INTERLEAVED[entry.kind](str(entry.path), **entry.options)
+                for name, entry in source.mixture.items()
+            }
+            dataset: Any = _mixture(source, parts, seed)
+        elif source.source == "mixture":
             sets = {
                 name: data.QuestionDataset.from_jsonl(
                     str(entry.path), kind=entry.kind, seed=seed, **entry.options
                 )
                 for name, entry in source.mixture.items()
             }
-            dataset: Any = _mixture(source, sets, seed)
+            dataset = _mixture(source, sets, seed)
         elif source.source == "emoji":
             view = emoji_view(source, image_size(model))
             dataset = view
-            if source.mixture:
+            if batches == "interleaved":
+                shots = source.options.get("shots", (0, 2, 4))
+                dataset = data.EmojiEpisodes(view, shots=shots, seed=seed)
+            elif source.mixture:
                 kinds = {kind: data.EmojiQuestions(view, kind, seed) for kind in source.mixture}
                 dataset = _mixture(source, kinds, seed)
             elif batches != "language":
@@ -72,6 +86,7 @@ def build_data(recipe: Recipe, model: Any, rank: int = 0, world_size: int = 1) -
 def emoji_view(source: DataConfig, size: int) -> data.EmojiView:
     """The emoji that a recipe trains on."""
     options = {"vendors": data.emoji.VENDORS, **source.options}
+    options.pop("shots", None)  # of Flamingo's episodes
     return data.EmojiData.load(size).view(**options)
 
 
@@ -111,6 +126,8 @@ def build_collator(recipe: Recipe, model: Any, *, test: bool = False) -> Any:
             tokenizer = data.ClipTokenizer(source.vocabulary, model.config.context_length)
             _require_room(tokenizer.vocab_size, model.config.vocab_size)
             return data.ContrastiveCollator(transform, tokenizer, seed, templates=source.templates)
+        if kind == "interleaved":
+            return _interleaved_collator(recipe, model, transform)
         texts = data.Texts(prompt=source.text.prompt, captions=source.templates, first=test)
         if kind == "pretraining":
             tokenizer = load_tokenizer(source.text.tokenizer)
@@ -142,6 +159,24 @@ def _language_collator(recipe: Recipe, model: Any, transform: Any, texts: data.T
     if config.text_config.is_encoder_decoder:
         return data.Seq2SeqCollator(*arguments, **options)
     return data.CausalCollator(*arguments, label_bos=settings.label_bos, **options)
+
+
+def _interleaved_collator(recipe: Recipe, model: Any, transform: Any) -> Any:
+    settings, config = recipe.data.text, model.config
+    tokenizer = load_tokenizer(settings.tokenizer)
+    _require_room(len(tokenizer), config.text_config.vocab_size)
+    weights = {name: entry.loss_weight for name, entry in recipe.data.mixture.items()}
+    return data.InterleavedCollator(
+        transform,
+        tokenizer,
+        config.image_token_id,
+        config.end_of_chunk_token_id,
+        length=settings.length,
+        weights=weights or None,
+        bos=tokenizer.bos_token_id if settings.bos else None,
+        eos=tokenizer.eos_token_id,
+        seed=recipe.train.seed,
+    )
 
 
 def load_tokenizer(name: str | None) -> Any:
@@ -182,7 +217,19 @@ def check_data(recipe: Recipe, trained: System) -> None:
     transform: Any = data.ClipTransform
     if source.source == "emoji":
         allowed, transform = parameters(data.EmojiData.view), data.PixelTransform
+        if trained.batches == "interleaved":
+            allowed |= {"shots"}
         check_keys("data.mixture", source.mixture, set(data.KINDS))
+    elif source.source == "mixture" and trained.batches == "interleaved":
+        allowed = set()
+        for name, entry in source.mixture.items():
+            if entry.kind not in INTERLEAVED:
+                raise RecipeError(
+                    f"recipe: data.mixture.{name}.kind must be one of {list(INTERLEAVED)} for "
+                    f"{trained.name}, got {entry.kind!r}"
+                )
+            reader = parameters(INTERLEAVED[entry.kind]) - {"path"}
+            check_keys(f"data.mixture.{name}.options", entry.options, reader)
     elif source.source == "mixture":
         allowed = set()
         reader = parameters(data.QuestionDataset.from_jsonl) - {"path", "kind", "seed"}
@@ -199,7 +246,8 @@ def check_data(recipe: Recipe, trained: System) -> None:
         )
     augmentation = parameters(transform.__init__) - {"size", "mean", "std", "train"}
     check_keys("data.augment", source.augment or {}, augmentation)
-    if source.mixture and trained.batches != "language":
+    questions = source.source == "emoji" or trained.batches != "interleaved"
+    if source.mixture and questions and trained.batches != "language":
         raise RecipeError(f"recipe: data.mixture: {trained.name} is trained on captions")
     if trained.batches != "contrastive" and source.text.tokenizer is None:
         raise RecipeError(f"recipe: data.text.tokenizer must be set for {trained.name}")

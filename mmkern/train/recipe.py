@@ -66,11 +66,13 @@ class MixtureConfig:
     Attributes:
         weight: see :class:`mmkern.data.Mixture`.
         path: a table of JSON lines. Not used by ``emoji``, where the entry's name is the kind.
-        kind: of its questions; see ``mmkern.data.TEMPLATES``.
-        options: further keyword arguments of ``QuestionDataset.from_jsonl``.
+        kind: of its questions; see ``mmkern.data.TEMPLATES``. Flamingo: ``pairs`` or ``documents``.
+        options: further keyword arguments of its reader.
+        loss_weight: factor of its part of the loss (Flamingo).
     """
 
     weight: float = 1.0
+    loss_weight: float = 1.0
     path: str | None = None
     kind: str = "question"
     options: dict[str, Any] = field(default_factory=dict)
@@ -84,7 +86,7 @@ class TextConfig:
         tokenizer: of the language model, or of the Q-Former in BLIP-2's first stage: ``smollm2``,
             ``minilm``, or a folder of transformers.
         qformer_tokenizer: of the Q-Former that reads instructions (InstructBLIP).
-        length: tokens of a caption in the first stage.
+        length: tokens of a caption in the first stage, of a whole sample of Flamingo.
         prompt: stands before captions and is not trained on.
         prompt_length, answer_length: tokens at most.
         bos: begin texts with the tokenizer's first token; ``label_bos``: and train on it.
@@ -173,6 +175,8 @@ class TrainConfig:
         layer_decay: the rate of block i of L is lr * layer_decay**(L - i); 1 switches it off.
         rates: shell patterns of parameter names -> factor of lr (a fresh projector's, say).
         freeze: shell patterns of parameter names that are not trained.
+        no_decay: shell patterns of parameter names without weight decay, besides gains, biases and
+            embeddings of places.
         max_grad_norm: clip gradients to this norm; null does not.
         save_every: steps between checkpoints; null saves only the last. ``keep``: how many stay.
         workers: processes that load data, per training process.
@@ -191,6 +195,7 @@ class TrainConfig:
     layer_decay: float = 1.0
     rates: dict[str, float] = field(default_factory=dict)
     freeze: tuple[str, ...] = ()
+    no_decay: tuple[str, ...] = ()
     max_grad_norm: float | None = None
     gradient_cache_chunk: int | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -123,6 +123,8 @@ def _language_model(model: Any, source: str, load_run: LoadRun) -> None:
     if found.get_input_embeddings().weight.shape[0] < own[0]:
         found.resize_token_embeddings(own[0])  # published vocabularies are padded
     _copy(model.language_model, found.state_dict(), lambda name: True)
+    if hasattr(model, "special_embeddings"):
+        model.reset_parameters()  # rows of the table that was just read
 
 
 def _projection(model: Any, source: str, load_run: LoadRun) -> None:

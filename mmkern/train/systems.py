@@ -17,7 +17,7 @@ from torch import nn
 import mmkern.models
 from mmkern.train.recipe import Recipe, RecipeError, nearest
 
-Batches = Literal["contrastive", "pretraining", "language"]
+Batches = Literal["contrastive", "pretraining", "language", "interleaved"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,13 @@ SYSTEMS: dict[str, System] = {
         "language",
         "linear_cross_entropy_fwd",
         ("vision", "qformer", "language_model", "projection"),
+    ),
+    "Flamingo": System(
+        "flamingo",
+        "flamingo",
+        "interleaved",
+        "linear_cross_entropy_fwd",
+        ("vision", "language_model"),
     ),
 }
 
