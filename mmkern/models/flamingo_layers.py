@@ -150,13 +150,14 @@ class MediaAttention(nn.ModuleList):
             raise ValueError(
                 f"MediaAttention: every must be 1 to the {len(layers)} layers, got {every}"
             )
-        chosen = list(layers)[every - 1 :: every]
+        chosen: list[Any] = list(layers)[every - 1 :: every]
         super().__init__(GatedCrossAttentionBlock(**options) for _ in chosen)
         # Set by transformers' gradient_checkpointing_enable.
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Any = partial(checkpoint, use_reentrant=False)
         self.state = _State()
-        for number, (layer, block) in enumerate(zip(chosen, self, strict=True)):
+        blocks: list[Any] = list(self)
+        for number, (layer, block) in enumerate(zip(chosen, blocks, strict=True)):
             if isinstance(layer, _Conditioned):
                 raise ValueError(
                     "MediaAttention: this language model's layers have blocks already; give "

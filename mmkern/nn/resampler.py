@@ -11,6 +11,8 @@ the media and the L normalised copies that backward would keep.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -179,6 +181,7 @@ class PerceiverResampler(nn.Module):
             media = media + self.media_time_embs[places]
         media = F.layer_norm(media, (width,), eps=self.norm.eps)
         x = self.latents.expand(media.shape[0], -1, -1)
+        layer: Any
         for layer in self.layers:
             attend, network = layer
             x = x + attend(media, x)
