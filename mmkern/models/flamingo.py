@@ -14,7 +14,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from mmkern.models.blip2_base import ClipVisionConfig
@@ -151,7 +150,9 @@ class Flamingo(PreTrainedModel, GenerationMixin):
         # The difference to the frozen rows, so that rows that were not trained change no bit.
         if self.tied:
             change = self.special_embeddings - head.weight[list(self.special)].detach()
-            columns = F.linear(arguments[0], change.to(arguments[0].dtype)).to(logits.dtype)
+            # As matrices: F.linear's bits depend on who wants gradients.
+            x = arguments[0].flatten(0, -2)
+            columns = (x @ change.to(x.dtype).T).to(logits.dtype).view(*logits.shape[:-1], 2)
             index = torch.tensor(list(self.special), device=logits.device)
             logits = logits.index_add(-1, index, columns)
         return logits

@@ -68,7 +68,8 @@ def batch(left: bool = False) -> dict[str, Tensor]:
     for row, text in enumerate(texts):
         place = slice(width - len(text), width) if left else slice(0, len(text))
         ids[row, place], mask[row, place] = torch.tensor(text), 1
-    labels = ids.masked_fill((mask == 0) | (ids == IMAGE), -100)
+    first = mask.cumsum(1) == 1  # of a text; what stands before it is a pad, or nothing
+    labels = ids.masked_fill((mask == 0) | (ids == IMAGE) | first, -100)
     index = torch.tensor([[0, 1, -1], [2, -1, -1], [-1, -1, -1], [3, 1, 4]])
     return {
         "pixel_values": torch.randn(5, 3, SIZE, SIZE, generator=generator),
