@@ -23,9 +23,6 @@ from mmkern.data.shards import ShardDataset, ShardError
 from mmkern.data.tokenizer import ClipTokenizer
 
 __all__ = [
-    "EmojiEpisodes",
-    "InterleavedCollator",
-    "InterleavedDataset",
     "KINDS",
     "MEAN",
     "STD",
@@ -35,9 +32,12 @@ __all__ = [
     "ClipTransform",
     "ContrastiveCollator",
     "EmojiData",
+    "EmojiEpisodes",
     "EmojiQuestions",
     "EmojiView",
     "ImageError",
+    "InterleavedCollator",
+    "InterleavedDataset",
     "Mixture",
     "PairDataset",
     "PairError",

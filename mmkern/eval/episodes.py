@@ -101,7 +101,8 @@ def _rank(
     losses = F.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
     )
-    return list(-losses.view(labels.shape).sum(1).cpu().split(counts))
+    scores = -losses.view(labels.shape).sum(1)
+    return list(scores.cpu().split(counts))
 
 
 def evaluate(

@@ -60,5 +60,5 @@ class Rices:
             part = F.normalize(queries[start : start + chunk].float(), dim=-1) @ self.features.T
             if exclude is not None:
                 part = part.masked_fill(exclude[start : start + chunk], -torch.inf)
-            found.append(part.argsort(1, descending=True, stable=True)[:, :k].flip(1))
+            found.append(part.argsort(dim=1, descending=True, stable=True)[:, :k].flip(1))
         return torch.cat(found) if found else queries.new_zeros(0, k, dtype=torch.int64)
