@@ -117,7 +117,8 @@ def _document(
         raise PairError(f"{where}: expected an object, got {line[:40]}")
     if "text_list" in fields:
         return _mmc4(where, fields, min_similarity, max_images)
-    names, texts = fields.get("images"), fields.get("texts")
+    names: Any = fields.get("images")
+    texts: Any = fields.get("texts")
     if not _strings(names) or not _strings(texts) or len(texts) != len(names) + 1:
         raise PairError(
             f"{where}: needs images and texts, lists of strings, one text more than images"

@@ -195,7 +195,7 @@ def _scores(
         {**s, "images": [*s["images"][:-1], asked[j]["images"][-1]]}
         for s, j in zip(asked, cycle, strict=True)
     ]
-    common = {"batch_size": batch_size}
+    common: dict[str, Any] = {"batch_size": batch_size}
     seen = rank(model, collator, asked, lists, **common)
     other = rank(model, collator, wrong, lists, **common)
     blind = rank(model, collator, asked, lists, pictures=False, **common)

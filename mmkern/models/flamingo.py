@@ -77,7 +77,11 @@ class Flamingo(PreTrainedModel, GenerationMixin):
         self.special = SpecialTokens(config.end_of_chunk_token_id, config.image_token_id)
         self.special.check(vocabulary)
         self.vision_model = FlamingoVisionModel(config.vision_config, config.apply_ln_post)
-        sizes = {"heads": config.heads, "head_width": config.head_width, "mult": config.ff_mult}
+        sizes: dict[str, Any] = {
+            "heads": config.heads,
+            "head_width": config.head_width,
+            "mult": config.ff_mult,
+        }
         self.perceiver = PerceiverResampler(
             config.vision_config.hidden_size,
             depth=config.resampler_depth,
