@@ -211,12 +211,12 @@ def _measure_documents(directory: Path, recipe: Recipe, model: Any) -> dict[str,
     """Loss on the documents of ``evaluation.options.path``, with and without their pictures."""
     import torch
 
-    from mmkern.data import InterleavedDataset
+    from mmkern.data import DocumentDataset
     from mmkern.train.batches import build_collator
 
     options = recipe.evaluation.options
     _check_options(options, {"path", "documents"}, "documents in JSON lines")
-    asked = InterleavedDataset(options["path"])
+    asked = DocumentDataset(options["path"])
     collator = build_collator(recipe, model, test=True)
     count = min(len(asked), options.get("documents", 1000))
     losses = {"loss": 0.0, "text_loss": 0.0}

@@ -1,6 +1,7 @@
 """Images, text, collators and the small real data sets."""
 
 from mmkern.data.collator import ContrastiveCollator
+from mmkern.data.documents import DocumentCollator, DocumentDataset
 from mmkern.data.emoji import EmojiData, EmojiView, pixel_neighbour_top1
 from mmkern.data.emoji_episodes import EmojiEpisodes
 from mmkern.data.emoji_questions import KINDS, EmojiQuestions
@@ -13,7 +14,6 @@ from mmkern.data.images import (
     open_image,
 )
 from mmkern.data.instructions import TEMPLATES, Question
-from mmkern.data.interleaved import InterleavedCollator, InterleavedDataset
 from mmkern.data.language import CausalCollator, PretrainingCollator, Seq2SeqCollator, Texts
 from mmkern.data.mixture import Mixture
 from mmkern.data.pairs import PairDataset, PairError
@@ -31,13 +31,13 @@ __all__ = [
     "ClipTokenizer",
     "ClipTransform",
     "ContrastiveCollator",
+    "DocumentCollator",
+    "DocumentDataset",
     "EmojiData",
     "EmojiEpisodes",
     "EmojiQuestions",
     "EmojiView",
     "ImageError",
-    "InterleavedCollator",
-    "InterleavedDataset",
     "Mixture",
     "PairDataset",
     "PairError",

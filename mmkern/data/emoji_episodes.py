@@ -22,7 +22,7 @@ PROMPT = " Output:"
 
 
 class EmojiEpisodes(EpochAware, Dataset[dict[str, Any]]):
-    """``[i]`` is an episode about picture i of the queries, as :mod:`mmkern.data.interleaved` takes
+    """``[i]`` is an episode about picture i of the queries, as :mod:`mmkern.data.documents` takes
     it, with its ``answer``.
 
     Everything drawn derives from (seed, epoch, i): k among ``shots``, the shots, their order.

@@ -42,7 +42,7 @@ def rank(
 
     Args:
         model: a Flamingo, in eval mode.
-        collator: an ``InterleavedCollator``.
+        collator: an ``DocumentCollator``.
         samples: with ``texts`` whose last is a prompt.
         candidates: texts, one list a sample.
         pictures: False: the language model alone.

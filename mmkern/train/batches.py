@@ -15,9 +15,9 @@ from mmkern.train.recipe import DataConfig, Recipe, RecipeError, nearest
 from mmkern.train.systems import System, system
 
 # Kinds of a mixture for Flamingo.
-INTERLEAVED: dict[str, Callable[..., Any]] = {
+DOCUMENT_READERS: dict[str, Callable[..., Any]] = {
     "pairs": data.PairDataset.from_jsonl,
-    "documents": data.InterleavedDataset,
+    "documents": data.DocumentDataset,
 }
 READERS: dict[str, Callable[..., Any]] = {
     "folder": data.PairDataset.from_folder,
@@ -47,9 +47,9 @@ def build_data(recipe: Recipe, model: Any, rank: int = 0, world_size: int = 1) -
     collator = build_collator(recipe, model)
     sampler: Any = None
     with as_recipe_error("data"):
-        if source.source == "mixture" and batches == "interleaved":
+        if source.source == "mixture" and batches == "documents":
             parts = {
-                name: INTERLEAVED[entry.kind](str(entry.path), **entry.options)
+                name: DOCUMENT_READERS[entry.kind](str(entry.path), **entry.options)
                 for name, entry in source.mixture.items()
             }
             dataset: Any = _mixture(source, parts, seed)
@@ -64,7 +64,7 @@ def build_data(recipe: Recipe, model: Any, rank: int = 0, world_size: int = 1) -
         elif source.source == "emoji":
             view = emoji_view(source, image_size(model))
             dataset = view
-            if batches == "interleaved":
+            if batches == "documents":
                 shots = source.options.get("shots", (0, 2, 4))
                 dataset = data.EmojiEpisodes(view, shots=shots, seed=seed)
             elif source.mixture:
@@ -126,8 +126,8 @@ def build_collator(recipe: Recipe, model: Any, *, test: bool = False) -> Any:
             tokenizer = data.ClipTokenizer(source.vocabulary, model.config.context_length)
             _require_room(tokenizer.vocab_size, model.config.vocab_size)
             return data.ContrastiveCollator(transform, tokenizer, seed, templates=source.templates)
-        if kind == "interleaved":
-            return _interleaved_collator(recipe, model, transform)
+        if kind == "documents":
+            return _document_collator(recipe, model, transform)
         texts = data.Texts(prompt=source.text.prompt, captions=source.templates, first=test)
         if kind == "pretraining":
             tokenizer = load_tokenizer(source.text.tokenizer)
@@ -161,12 +161,12 @@ def _language_collator(recipe: Recipe, model: Any, transform: Any, texts: data.T
     return data.CausalCollator(*arguments, label_bos=settings.label_bos, **options)
 
 
-def _interleaved_collator(recipe: Recipe, model: Any, transform: Any) -> Any:
+def _document_collator(recipe: Recipe, model: Any, transform: Any) -> Any:
     settings, config = recipe.data.text, model.config
     tokenizer = load_tokenizer(settings.tokenizer)
     _require_room(len(tokenizer), config.text_config.vocab_size)
     weights = {name: entry.loss_weight for name, entry in recipe.data.mixture.items()}
-    return data.InterleavedCollator(
+    return data.DocumentCollator(
         transform,
         tokenizer,
         config.image_token_id,
@@ -217,18 +217,18 @@ def check_data(recipe: Recipe, trained: System) -> None:
     transform: Any = data.ClipTransform
     if source.source == "emoji":
         allowed, transform = parameters(data.EmojiData.view), data.PixelTransform
-        if trained.batches == "interleaved":
+        if trained.batches == "documents":
             allowed |= {"shots"}
         check_keys("data.mixture", source.mixture, set(data.KINDS))
-    elif source.source == "mixture" and trained.batches == "interleaved":
+    elif source.source == "mixture" and trained.batches == "documents":
         allowed = set()
         for name, entry in source.mixture.items():
-            if entry.kind not in INTERLEAVED:
+            if entry.kind not in DOCUMENT_READERS:
                 raise RecipeError(
-                    f"recipe: data.mixture.{name}.kind must be one of {list(INTERLEAVED)} for "
+                    f"recipe: data.mixture.{name}.kind must be one of {list(DOCUMENT_READERS)} for "
                     f"{trained.name}, got {entry.kind!r}"
                 )
-            reader = parameters(INTERLEAVED[entry.kind]) - {"path"}
+            reader = parameters(DOCUMENT_READERS[entry.kind]) - {"path"}
             check_keys(f"data.mixture.{name}.options", entry.options, reader)
     elif source.source == "mixture":
         allowed = set()
@@ -246,7 +246,7 @@ def check_data(recipe: Recipe, trained: System) -> None:
         )
     augmentation = parameters(transform.__init__) - {"size", "mean", "std", "train"}
     check_keys("data.augment", source.augment or {}, augmentation)
-    questions = source.source == "emoji" or trained.batches != "interleaved"
+    questions = source.source == "emoji" or trained.batches != "documents"
     if source.mixture and questions and trained.batches != "language":
         raise RecipeError(f"recipe: data.mixture: {trained.name} is trained on captions")
     if trained.batches != "contrastive" and source.text.tokenizer is None:

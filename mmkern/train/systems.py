@@ -17,7 +17,7 @@ from torch import nn
 import mmkern.models
 from mmkern.train.recipe import Recipe, RecipeError, nearest
 
-Batches = Literal["contrastive", "pretraining", "language", "interleaved"]
+Batches = Literal["contrastive", "pretraining", "language", "documents"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ SYSTEMS: dict[str, System] = {
     "Flamingo": System(
         "flamingo",
         "flamingo",
-        "interleaved",
+        "documents",
         "linear_cross_entropy_fwd",
         ("vision", "language_model"),
     ),

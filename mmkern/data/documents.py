@@ -32,12 +32,12 @@ from mmkern.data.language import IGNORE
 from mmkern.data.pairs import PairError
 from mmkern.data.randomness import sample_keys
 
-__all__ = ["Interleaved", "InterleavedCollator", "InterleavedDataset", "as_interleaved"]
+__all__ = ["Document", "DocumentCollator", "DocumentDataset", "as_document"]
 
 _LOGGER = logging.getLogger(__name__)
 
 
-class Interleaved(TypedDict):
+class Document(TypedDict):
     """A sample: n pictures, n + 1 texts."""
 
     images: list[Any]
@@ -46,7 +46,7 @@ class Interleaved(TypedDict):
     epoch: int
 
 
-class InterleavedDataset(EpochAware, Dataset[Interleaved]):
+class DocumentDataset(EpochAware, Dataset[Document]):
     """Documents in JSON lines, one a line, with pictures in files.
 
     Two forms: ``{"images": [path, ...], "texts": [text, ...]}`` with one text more than pictures;
@@ -76,7 +76,7 @@ class InterleavedDataset(EpochAware, Dataset[Interleaved]):
     ) -> None:
         super().__init__()
         if max_images < 1:
-            raise ValueError(f"InterleavedDataset: max_images must be at least 1, got {max_images}")
+            raise ValueError(f"DocumentDataset: max_images must be at least 1, got {max_images}")
         table = Path(path)
         folder = table.parent if root is None else Path(root)
         self.documents: list[tuple[list[Path], list[str]]] = []
@@ -97,10 +97,10 @@ class InterleavedDataset(EpochAware, Dataset[Interleaved]):
     def __len__(self) -> int:
         return len(self.documents)
 
-    def __getitem__(self, index: int) -> Interleaved:
+    def __getitem__(self, index: int) -> Document:
         count = len(self)
         if not -count <= index < count:
-            raise IndexError(f"InterleavedDataset: index {index} of {count} documents")
+            raise IndexError(f"DocumentDataset: index {index} of {count} documents")
         files, texts = self.documents[index]
         pictures = [open_image(file) for file in files]
         return {"images": pictures, "texts": texts, "index": index % count, "epoch": self.epoch}
@@ -151,7 +151,7 @@ def _mmc4(
     return names, [*texts, " ".join(sentences[start:stop])]
 
 
-def as_interleaved(sample: Mapping[str, Any]) -> tuple[list[Any], list[str], bool]:
+def as_document(sample: Mapping[str, Any]) -> tuple[list[Any], list[str], bool]:
     """Pictures, texts, and whether it is a pair (``image`` and ``text``), of any sample.
 
     Raises:
@@ -168,7 +168,7 @@ def as_interleaved(sample: Mapping[str, Any]) -> tuple[list[Any], list[str], boo
     return images, texts, False
 
 
-class InterleavedCollator:
+class DocumentCollator:
     """Samples with pictures in turns, for a :class:`mmkern.models.flamingo.Flamingo`.
 
     Gives ``pixel_values`` [M, 3, S, S] of all samples' pictures, ``image_index`` int64 [B, N],
@@ -207,7 +207,7 @@ class InterleavedCollator:
         seed: int = 0,
     ) -> None:
         if length < 2:
-            raise ValueError(f"InterleavedCollator: length must be at least 2, got {length}")
+            raise ValueError(f"DocumentCollator: length must be at least 2, got {length}")
         self.transform, self.tokenizer = transform, tokenizer
         self.image, self.end = image_token_id, end_of_chunk_token_id
         self.length, self.seed = length, seed
@@ -225,7 +225,7 @@ class InterleavedCollator:
         for text, chunk in zip(texts, [first, *chunks], strict=True):
             if self.image in chunk or self.end in chunk:
                 raise ValueError(
-                    f"InterleavedCollator: a text has the id of a special token: {text[:60]!r}"
+                    f"DocumentCollator: a text has the id of a special token: {text[:60]!r}"
                 )
         row = [*self.bos, *first]
         for number, chunk in enumerate(chunks, 1):
@@ -237,11 +237,11 @@ class InterleavedCollator:
         """Collate for training.
 
         Raises:
-            ValueError: no samples; see ``as_interleaved``; a text that holds a special token's id.
+            ValueError: no samples; see ``as_document``; a text that holds a special token's id.
         """
         rows, labels, pictures = [], [], []
         for sample in samples:
-            images, texts, pair = as_interleaved(sample)
+            images, texts, pair = as_document(sample)
             row = self.encode(texts)[: self.length]
             rows.append(row)
             labels.append(self._labels(row, pair))
@@ -264,12 +264,12 @@ class InterleavedCollator:
         """
         rows, pictures = [], []
         for sample in samples:
-            images, texts, _ = as_interleaved(sample)
+            images, texts, _ = as_document(sample)
             rows.append(self.encode(texts, prompt=True))
             pictures.append(images)
             if len(rows[-1]) > self.length:
                 raise ValueError(
-                    f"InterleavedCollator: the prompt of sample {sample['index']} has "
+                    f"DocumentCollator: the prompt of sample {sample['index']} has "
                     f"{len(rows[-1])} tokens, at most {self.length}"
                 )
         return {
@@ -311,7 +311,7 @@ class InterleavedCollator:
         self, samples: Sequence[Mapping[str, Any]], pictures: Sequence[Sequence[Any]]
     ) -> dict[str, Tensor]:
         if not samples:
-            raise ValueError("InterleavedCollator: got no samples")
+            raise ValueError("DocumentCollator: got no samples")
         flat = [picture for own in pictures for picture in own]
         owners = [s for s, own in zip(samples, pictures, strict=True) for _ in own]
         # Pictures of one sample are augmented each in its own way.

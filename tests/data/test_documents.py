@@ -1,4 +1,4 @@
-"""Interleaved documents, pairs and prompts: tokens, labels, pictures, weights."""
+"""Document documents, pairs and prompts: tokens, labels, pictures, weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmkern.data import InterleavedCollator, InterleavedDataset
+from mmkern.data import DocumentCollator, DocumentDataset
 from mmkern.data.pairs import PairError
 from tests.data.tokenizers import byte_level
 
@@ -26,9 +26,9 @@ class Flat:
         return torch.stack([torch.full((3, 2, 2), float(p)) for p in pictures])
 
 
-def collator(**options: Any) -> InterleavedCollator:
+def collator(**options: Any) -> DocumentCollator:
     eos = byte_level().eos_token_id
-    return InterleavedCollator(Flat(), byte_level(), IMAGE, END, **{"eos": eos, **options})
+    return DocumentCollator(Flat(), byte_level(), IMAGE, END, **{"eos": eos, **options})
 
 
 def document(images: list[int], texts: list[str], **more: Any) -> dict[str, Any]:
@@ -146,12 +146,12 @@ def test_documents_from_files(tmp_path: Path) -> None:
     ]
     path = tmp_path / "documents.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    data = InterleavedDataset(path)
+    data = DocumentDataset(path)
     assert len(data) == 2
     assert data[0]["texts"] == ["", "zero. one.", "two. three."]
     assert data[0]["images"][0].size == (4, 4) and len(data[0]["images"]) == 2
     assert data[1]["texts"] == ["before", "after"]
-    assert InterleavedDataset(path, max_images=1)[0]["texts"] == ["", "zero. one."]
+    assert DocumentDataset(path, max_images=1)[0]["texts"] == ["", "zero. one."]
     for line, message in (
         ("{", "line 1: not JSON"),
         ("[]", "expected an object"),
@@ -162,4 +162,4 @@ def test_documents_from_files(tmp_path: Path) -> None:
     ):
         path.write_text(line)
         with pytest.raises(PairError, match=message):
-            InterleavedDataset(path)
+            DocumentDataset(path)
