@@ -12,6 +12,7 @@ NO_ROWS = "_No rows recorded yet._"
 AGAINST = {
     "attention": "sdpa",
     "blip2": "separate",
+    "flamingo": "sdpa",
     "linear_cross_entropy": "compacted",
     "plora_linear": "mask",
 }  # others: the dense formula

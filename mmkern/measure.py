@@ -35,7 +35,13 @@ def report(recipe: Recipe, metrics: dict[str, Any]) -> str:
 
         if "picture_choice" in metrics:
             return picture_choice.table(metrics)
+        if trained == "flamingo":
+            from mmkern.eval import episodes
+
+            return episodes.table(metrics)
         return (emoji_matching if trained == "blip2-stage1" else emoji_answers).table(metrics)
+    if "text_loss" in metrics:
+        return f"loss {metrics['loss']:.3f}, of the language model alone {metrics['text_loss']:.3f}"
     rows = metrics.get("answers", metrics.get("retrieval", {})).items()
     return "\n".join(f"{name:<20}{100 * value:6.1f}%" for name, value in rows)
 
@@ -301,6 +307,57 @@ def _measure_llava(directory: Path, recipe: Recipe, model: Any) -> dict[str, Any
     return {"answers": scienceqa.evaluate(_answerer(recipe, model), problems)}
 
 
+def _measure_episodes(directory: Path, recipe: Recipe, model: Any) -> dict[str, Any]:
+    """Few-shot naming of emoji, on vendors that were never trained on."""
+    from mmkern.data.emoji import VENDORS
+    from mmkern.eval import episodes
+    from mmkern.train.batches import build_collator, image_size
+
+    known = {"vendors", "shots", "episodes", "candidates", "rices"}
+    return episodes.evaluate(
+        model,
+        build_collator(recipe, model, test=True),
+        image_size(model),
+        trained=recipe.data.options.get("vendors", VENDORS),
+        batch_size=recipe.evaluation.batch_size,
+        progress=_say,
+        **_emoji_options(recipe, known),
+    )
+
+
+def _measure_documents(directory: Path, recipe: Recipe, model: Any) -> dict[str, Any]:
+    """Loss on the documents of ``evaluation.options.path``, with and without their pictures."""
+    import torch
+
+    from mmkern.data import DocumentDataset
+    from mmkern.train.batches import build_collator
+
+    options = recipe.evaluation.options
+    _check_options(options, {"path", "documents"}, "documents in JSON lines")
+    asked = DocumentDataset(options["path"])
+    collator = build_collator(recipe, model, test=True)
+    count = min(len(asked), options.get("documents", 1000))
+    losses = {"loss": 0.0, "text_loss": 0.0}
+    total = 0
+    for number in range(count):
+        batch = {k: v.to(model.device) for k, v in collator([asked[number]]).items()}
+        labels = batch.pop("labels")
+        batch.pop("loss_weights")
+        shifted = labels[:, 1:].flatten()
+        total += int((shifted != -100).sum())
+        with torch.no_grad():
+            text = {k: batch[k] for k in ("input_ids", "attention_mask")}
+            for name, logits in (
+                ("loss", model(**batch).logits),
+                ("text_loss", model.language_model(**text).logits),
+            ):
+                flat = logits[:, :-1].flatten(0, 1).float()
+                losses[name] += float(
+                    torch.nn.functional.cross_entropy(flat, shifted, reduction="sum")
+                )
+    return {"documents": count, **{k: v / max(total, 1) for k, v in losses.items()}}
+
+
 def _answerer(recipe: Recipe, model: Any) -> Any:
     from mmkern.eval.answers import Answerer
     from mmkern.train.batches import build_collator
@@ -353,4 +410,6 @@ _MEASURES: dict[tuple[str, bool], Callable[[Path, Recipe, Any], dict[str, Any]]]
     ("xcomposer", False): _measure_answers,
     ("llava", True): _measure_emoji_answers,
     ("llava", False): _measure_llava,
+    ("flamingo", True): _measure_episodes,
+    ("flamingo", False): _measure_documents,
 }

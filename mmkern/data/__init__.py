@@ -3,8 +3,10 @@
 from mmkern.data.collator import ContrastiveCollator
 from mmkern.data.conversation_batches import ConversationCollator
 from mmkern.data.conversations import CONVERSATIONS, ConversationDataset, Template, Turn, read_turns
+from mmkern.data.documents import DocumentCollator, DocumentDataset
 from mmkern.data.emoji import EmojiData, EmojiView, pixel_neighbour_top1
 from mmkern.data.emoji_conversations import EmojiConversations
+from mmkern.data.emoji_episodes import EmojiEpisodes
 from mmkern.data.emoji_grids import GRID_KINDS, EmojiGrids
 from mmkern.data.emoji_questions import KINDS, EmojiQuestions
 from mmkern.data.images import (
@@ -40,8 +42,11 @@ __all__ = [
     "ContrastiveCollator",
     "ConversationCollator",
     "ConversationDataset",
+    "DocumentCollator",
+    "DocumentDataset",
     "EmojiConversations",
     "EmojiData",
+    "EmojiEpisodes",
     "EmojiGrids",
     "EmojiQuestions",
     "EmojiView",

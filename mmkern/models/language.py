@@ -141,11 +141,15 @@ class LanguageLoss:
         with _head_input(head, rows=int(head is not self._linear_head)) as seen:
             logits = model(**options).logits
         self._check(model, head, seen, logits)
-        reduction = "mean" if num_items_in_batch is None else "sum"
+        return self.from_hidden(seen[0], head, targets, num_items_in_batch), None
+
+    def from_hidden(self, hidden: Tensor, head: Any, targets: Tensor, items: Any) -> Tensor:
+        """The loss from what the head would see; `items` is ``num_items_in_batch``."""
+        reduction = "mean" if items is None else "sum"
         loss = linear_cross_entropy(
-            seen[0], head.weight, targets, bias=head.bias, reduction=reduction
+            hidden, head.weight, targets, bias=head.bias, reduction=reduction
         )
-        return _per_item(loss, num_items_in_batch), None
+        return _per_item(loss, items)
 
     def _check(self, model: Any, head: nn.Module, seen: list[Tensor], logits: Tensor) -> None:
         """Refuse a language model whose logits are not a linear map of its last hidden state.

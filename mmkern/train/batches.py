@@ -17,6 +17,11 @@ from mmkern.data.emoji import cache_directory
 from mmkern.train.recipe import DataConfig, MixtureConfig, Recipe, RecipeError, nearest
 from mmkern.train.systems import System, system
 
+# Kinds of a mixture for Flamingo.
+DOCUMENT_READERS: dict[str, Callable[..., Any]] = {
+    "pairs": data.PairDataset.from_jsonl,
+    "documents": data.DocumentDataset,
+}
 READERS: dict[str, Callable[..., Any]] = {
     "folder": data.PairDataset.from_folder,
     "csv": data.PairDataset.from_csv,
@@ -61,16 +66,25 @@ def build_data(recipe: Recipe, model: Any, rank: int = 0, world_size: int = 1) -
     collator = build_collator(recipe, model)
     sampler: Any = None
     with as_recipe_error("data"):
-        if source.source == "mixture":
+        if source.source == "mixture" and batches == "documents":
+            parts = {
+                name: DOCUMENT_READERS[entry.kind](str(entry.path), **entry.options)
+                for name, entry in source.mixture.items()
+            }
+            dataset: Any = _mixture(source, parts, seed)
+        elif source.source == "mixture":
             sets = {
                 name: _table(entry, seed)(str(entry.path), **entry.options)
                 for name, entry in source.mixture.items()
             }
-            dataset: Any = _mixture(source, sets, seed)
+            dataset = _mixture(source, sets, seed)
         elif source.source == "emoji":
             view = emoji_view(source, image_size(model))
             dataset = view
-            if source.mixture and batches == "conversation":
+            if batches == "documents":
+                shots = source.options.get("shots", (0, 2, 4))
+                dataset = data.EmojiEpisodes(view, shots=shots, seed=seed)
+            elif source.mixture and batches == "conversation":
                 dataset = data.EmojiConversations(view, list(source.mixture), seed)
             elif source.mixture:
                 kinds = {kind: _EMOJI[kind](view, kind, seed) for kind in source.mixture}
@@ -100,6 +114,7 @@ def build_data(recipe: Recipe, model: Any, rank: int = 0, world_size: int = 1) -
 def emoji_view(source: DataConfig, size: int) -> data.EmojiView:
     """The emoji that a recipe trains on."""
     options = {"vendors": data.emoji.VENDORS, **source.options}
+    options.pop("shots", None)  # of Flamingo's episodes
     return data.EmojiData.load(size).view(**options)
 
 
@@ -147,6 +162,8 @@ def build_collator(recipe: Recipe, model: Any, *, test: bool = False) -> Any:
             tokenizer = data.ClipTokenizer(source.vocabulary, model.config.context_length)
             _require_room(tokenizer.vocab_size, model.config.vocab_size)
             return data.ContrastiveCollator(transform, tokenizer, seed, templates=source.templates)
+        if kind == "documents":
+            return _document_collator(recipe, model, transform)
         texts = data.Texts(prompt=source.text.prompt, captions=source.templates, first=test)
         if kind == "pretraining":
             tokenizer = load_tokenizer(source.text.tokenizer)
@@ -204,6 +221,24 @@ def _language_collator(recipe: Recipe, model: Any, transform: Any, texts: data.T
     return data.CausalCollator(*arguments, label_bos=settings.label_bos, **options)
 
 
+def _document_collator(recipe: Recipe, model: Any, transform: Any) -> Any:
+    settings, config = recipe.data.text, model.config
+    tokenizer = load_tokenizer(settings.tokenizer)
+    _require_room(len(tokenizer), config.text_config.vocab_size)
+    weights = {name: entry.loss_weight for name, entry in recipe.data.mixture.items()}
+    return data.DocumentCollator(
+        transform,
+        tokenizer,
+        config.image_token_id,
+        config.end_of_chunk_token_id,
+        length=settings.length,
+        weights=weights or None,
+        bos=tokenizer.bos_token_id if settings.bos else None,
+        eos=tokenizer.eos_token_id,
+        seed=recipe.train.seed,
+    )
+
+
 def load_tokenizer(name: str | None) -> Any:
     """``minilm``, ``smollm2``, or transformers' tokenizer in a folder.
 
@@ -244,7 +279,19 @@ def check_data(recipe: Recipe, trained: System) -> None:
     transform: Any = data.ClipTransform
     if source.source == "emoji":
         allowed, transform = parameters(data.EmojiData.view), data.PixelTransform
+        if trained.batches == "documents":
+            allowed |= {"shots"}
         check_keys("data.mixture", source.mixture, {*data.KINDS, *trained.kinds})
+    elif source.source == "mixture" and trained.batches == "documents":
+        allowed = set()
+        for name, entry in source.mixture.items():
+            if entry.kind not in DOCUMENT_READERS:
+                raise RecipeError(
+                    f"recipe: data.mixture.{name}.kind must be one of {list(DOCUMENT_READERS)} for "
+                    f"{trained.name}, got {entry.kind!r}"
+                )
+            reader = parameters(DOCUMENT_READERS[entry.kind]) - {"path"}
+            check_keys(f"data.mixture.{name}.options", entry.options, reader)
     elif source.source == "mixture":
         allowed = set()
         for name, entry in source.mixture.items():
@@ -266,7 +313,8 @@ def check_data(recipe: Recipe, trained: System) -> None:
         )
     augmentation = parameters(transform.__init__) - {"size", "mean", "std", "train", "pad"}
     check_keys("data.augment", source.augment or {}, augmentation)
-    if source.mixture and trained.batches not in _TEXTS:
+    questions = source.source == "emoji" or trained.batches != "documents"
+    if source.mixture and questions and trained.batches not in _TEXTS:
         raise RecipeError(f"recipe: data.mixture: {trained.name} is trained on captions")
     if trained.batches != "contrastive" and source.text.tokenizer is None:
         raise RecipeError(f"recipe: data.text.tokenizer must be set for {trained.name}")

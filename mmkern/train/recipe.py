@@ -69,10 +69,13 @@ class MixtureConfig:
         kind: of its questions; see ``mmkern.data.TEMPLATES``. For systems that read texts with any
             number of pictures also ``documents``: articles with pictures
             (:mod:`mmkern.compose.tasks`), and ``text``: questions without any (``TextQuestions``).
+            Flamingo's are ``pairs`` and ``documents`` (:mod:`mmkern.data.documents`).
         options: further keyword arguments of that kind's ``from_jsonl`` (``QuestionDataset``'s).
+        loss_weight: factor of its part of the loss (Flamingo).
     """
 
     weight: float = 1.0
+    loss_weight: float = 1.0
     path: str | None = None
     kind: str = "question"
     options: dict[str, Any] = field(default_factory=dict)
@@ -86,7 +89,7 @@ class TextConfig:
         tokenizer: of the language model, or of the Q-Former in BLIP-2's first stage: ``smollm2``,
             ``minilm``, or a folder of transformers.
         qformer_tokenizer: of the Q-Former that reads instructions (InstructBLIP).
-        length: tokens of a caption in the first stage.
+        length: tokens of a caption in the first stage, of a whole sample of Flamingo.
         prompt: stands before captions and is not trained on.
         prompt_length, answer_length: tokens at most.
         bos: begin texts with the tokenizer's first token; ``label_bos``: and train on it.
@@ -191,6 +194,8 @@ class TrainConfig:
         layer_decay_in: shell patterns of the parameter names that it applies to.
         rates: shell patterns of parameter names -> factor of lr (a fresh projector's, say).
         freeze: shell patterns of parameter names that are not trained.
+        no_decay: shell patterns of parameter names without weight decay, besides gains, biases and
+            embeddings of places.
         max_grad_norm: clip gradients to this norm; null does not.
         save_every: steps between checkpoints; null saves only the last. ``keep``: how many stay.
         workers: processes that load data, per training process.
@@ -210,6 +215,7 @@ class TrainConfig:
     layer_decay_in: tuple[str, ...] = ("*",)
     rates: dict[str, float] = field(default_factory=dict)
     freeze: tuple[str, ...] = ()
+    no_decay: tuple[str, ...] = ()
     max_grad_norm: float | None = None
     gradient_cache_chunk: int | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -28,7 +28,7 @@ from mmkern.train.batches import (
     check_keys,
     parameters,
 )
-from mmkern.train.parameter_groups import GroupRules, parameter_groups
+from mmkern.train.parameter_groups import NO_DECAY, GroupRules, parameter_groups
 from mmkern.train.recipe import Recipe, RecipeError, load_recipe
 from mmkern.train.stage import OBJECTIVES, Stage
 from mmkern.train.starts import required_runs, start
@@ -207,6 +207,7 @@ def stage(recipe: Recipe) -> Stage:
             layer_decay=settings.layer_decay,
             layer_decay_in=settings.layer_decay_in,
             rates=settings.rates,
+            no_decay=(*NO_DECAY, *settings.no_decay),
         ),
     )
 

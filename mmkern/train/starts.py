@@ -131,6 +131,8 @@ def _language_model(model: Any, source: str, load_run: LoadRun) -> None:
         model.load_llama(found)
     else:
         _copy(model.language_model, found.state_dict(), lambda name: ".lora_" not in name)
+    if hasattr(model, "special_embeddings"):
+        model.reset_parameters()  # rows of the table that was just read
 
 
 def _projection(model: Any, source: str, load_run: LoadRun) -> None:

@@ -19,7 +19,9 @@ from mmkern.compose.emoji import PICTURE_CHOICE
 from mmkern.data import GRID_KINDS
 from mmkern.train.recipe import Recipe, RecipeError, nearest
 
-Batches = Literal["contrastive", "pretraining", "language", "interleaved", "conversation"]
+Batches = Literal[
+    "contrastive", "pretraining", "language", "interleaved", "conversation", "documents"
+]
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,13 @@ SYSTEMS: dict[str, System] = {
         "conversation",
         "linear_cross_entropy_fwd",
         ("vision", "language_model", "projector", "earlier"),
+    ),
+    "Flamingo": System(
+        "flamingo",
+        "flamingo",
+        "documents",
+        "linear_cross_entropy_fwd",
+        ("vision", "language_model"),
     ),
 }
 
