@@ -213,16 +213,18 @@ def _measure_emoji_answers(directory: Path, recipe: Recipe, model: Any) -> dict[
     from mmkern.train.batches import image_size
 
     trained, size = recipe.data.mixture, image_size(model)
+    # What a model was not taught to name says nothing of how well it was taught.
+    categories = recipe.data.options.get("categories")
     if not trained:
         options = _emoji_options(recipe, {"vendors", "pictures", "candidates"})
         answerer = _answerer(recipe, model)
-        # What a model was not taught to name says nothing of how well it was taught.
-        options = {"categories": recipe.data.options.get("categories"), **options}
-        return emoji_answers.evaluate_captions(answerer, size, progress=_say, **options)
+        return emoji_answers.evaluate_captions(
+            answerer, size, categories=categories, progress=_say, **options
+        )
     options = _emoji_options(recipe, {"vendors", "kinds", "questions_each"})
     answerer = _answerer(recipe, model)
     return emoji_answers.evaluate_questions(
-        answerer, size, trained=list(trained), progress=_say, **options
+        answerer, size, trained=list(trained), categories=categories, progress=_say, **options
     )
 
 
@@ -240,6 +242,7 @@ def _measure_emoji_grids(directory: Path, recipe: Recipe, model: Any) -> dict[st
         _answerer(recipe, model),
         image_size(model),
         trained=trained,
+        categories=recipe.data.options.get("categories"),
         progress=_say,
         **{"kinds": trained, **options},
     )

@@ -30,21 +30,24 @@ _SCORES = {"ranked": "shuffled_ranked", "exact": "shuffled_exact"}
 
 
 class Key(NamedTuple):
-    """What runs must share to be compared: vendor's title, task, number of questions."""
+    """What runs must share to be compared: vendor's title, task, number of questions, categories
+    (none: all)."""
 
     vendor: str
     task: str
     questions: int
+    categories: tuple[str, ...] = ()
 
 
 def rows(metrics: Mapping[str, Any]) -> dict[Key, dict[str, float]]:
     """The tasks that a run's ``metrics.json`` has scores of; CLIP's has none."""
     found: dict[Key, dict[str, float]] = {}
+    of = tuple(metrics.get("categories", ()))
     for vendor, scores in metrics.get("captions", {}).items():
-        found[Key(vendor, CAPTIONS, int(scores["questions"]))] = scores
+        found[Key(vendor, CAPTIONS, int(scores["questions"]), of)] = scores
     for vendor, kinds in metrics.get("questions", {}).items():
         for kind, scores in kinds.items():
-            found[Key(vendor, kind, int(scores["questions"]))] = scores
+            found[Key(vendor, kind, int(scores["questions"]), of)] = scores
     return found
 
 
@@ -64,7 +67,7 @@ def clip_scores(
     for key in keys:
         if key.task in NOT_FOR_CLIP:
             continue
-        view = data.test_view(codes[key.vendor])
+        view = data.test_view(codes[key.vendor], key.categories or None)
         task = (
             captions(view, key.questions, CANDIDATES)
             if key.task == CAPTIONS

@@ -133,7 +133,8 @@ def evaluate_captions(
         say(f"captions on {VENDOR_TITLES[vendor]}")
         task = captions(data.test_view(vendor, categories), pictures, candidates)
         found[VENDOR_TITLES[vendor]] = measure(answerer, task)
-    return {"vendors": [VENDOR_TITLES[v] for v in vendors], "captions": found}
+    titles = [VENDOR_TITLES[v] for v in vendors]
+    return {"vendors": titles, "categories": list(categories or ()), "captions": found}
 
 
 def evaluate_questions(
@@ -142,6 +143,7 @@ def evaluate_questions(
     *,
     trained: Sequence[str],
     vendors: Sequence[str],
+    categories: Sequence[str] | None = None,
     kinds: Sequence[str] = KINDS,
     questions_each: int = 200,
     progress: Any = None,
@@ -153,6 +155,7 @@ def evaluate_questions(
         size: edge of its pictures.
         trained: the kinds that were trained; the others are held out.
         vendors, kinds: to test.
+        categories: the only ones whose pictures are asked about; None is all.
         questions_each: at most so many of a kind.
         progress: called with a line of text before each part.
     """
@@ -160,14 +163,19 @@ def evaluate_questions(
     data = EmojiData.load(size)
     found: dict[str, dict[str, Any]] = {}
     for vendor in vendors:
-        view = data.test_view(vendor)
+        view = data.test_view(vendor, categories)
         of_vendor = found.setdefault(VENDOR_TITLES[vendor], {})
         for kind in kinds:
             say(f"{kind} questions on {VENDOR_TITLES[vendor]}")
             of_vendor[kind] = measure(answerer, questions(view, kind, questions_each))
     held_out = [kind for kind in kinds if kind not in trained]
     titles = [VENDOR_TITLES[v] for v in vendors]
-    return {"vendors": titles, "questions": found, "held_out": held_out}
+    return {
+        "vendors": titles,
+        "categories": list(categories or ()),
+        "questions": found,
+        "held_out": held_out,
+    }
 
 
 _COLUMNS = {
