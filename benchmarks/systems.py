@@ -1,4 +1,4 @@
-"""Tables of the small real runs of BLIP-2 and InstructBLIP, from their ``metrics.json``."""
+"""Tables of the small real runs of BLIP-2 and what follows it, from their ``metrics.json``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from typing import Any
 from benchmarks.tables import NO_ROWS, markdown, percent
 
 # System -> the key of metrics.json that only its runs have.
-MARKS = {"blip2-stage1": "rerank", "blip2-stage2": "captions", "instructblip": "questions"}
+# (the first that fits).
+MARKS = {
+    "blip2-stage1": "rerank",
+    "blip2-stage2": "captions",
+    "xcomposer2": "text_loss",
+    "instructblip": "questions",
+}
 WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 MATCHING = {
     "contrast": "contrast",
@@ -61,6 +67,11 @@ def _questions(run: dict[str, Any]) -> str:
     return _answers(rows)
 
 
+def _with_text(run: dict[str, Any]) -> str:
+    before, after = (run["text_loss"][when] for when in ("before", "after"))
+    return f"{_questions(run)}\n\nLoss of plain text: {before!r} before training, {after!r} after."
+
+
 def _answers(rows: dict[str, dict[str, float]]) -> str:
     header = ["", *ANSWERS.values(), "questions"]
     body = [
@@ -74,6 +85,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "blip2-stage1": _matching,
     "blip2-stage2": _captions,
     "instructblip": _questions,
+    "xcomposer2": _with_text,
 }
 
 
