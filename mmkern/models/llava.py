@@ -18,9 +18,10 @@ from transformers import LlamaConfig
 from transformers import LlavaConfig as TransformersConfig
 
 from mmkern.models.blip2_base import ClipVisionConfig, ClipVisionModel
-from mmkern.models.blip2_language import LanguageSide, _language_model
+from mmkern.models.blip2_language import _language_model
 from mmkern.models.clip_checkpoints import State, check, read
-from mmkern.models.language import GenerationOutput, LanguageLoss, place_images
+from mmkern.models.images_in_text import ImagesInText
+from mmkern.models.language import LanguageLoss
 from mmkern.models.llava_checkpoints import from_layout, projector_state, read_folder, to_layout
 from mmkern.models.llava_config import LlavaConfig
 from mmkern.nn.lora import LoRALinear, add_lora
@@ -66,7 +67,7 @@ class Projector(nn.Module):
         return x if self.linear_2 is None else self.linear_2(F.gelu(x))
 
 
-class LlavaForConditionalGeneration(LanguageSide):
+class LlavaForConditionalGeneration(ImagesInText):
     """Image encoder, projector, any causal language model of transformers.
 
     An image takes ``image_positions`` places in ``input_ids``, all ``config.image_token_index``
@@ -115,11 +116,7 @@ class LlavaForConditionalGeneration(LanguageSide):
         if self.freeze_vision:
             self.vision_model.requires_grad_(False).eval()
         if self.config.freeze_language_model:
-            self.language_model.requires_grad_(False)
-            for module in self.language_model.modules():
-                if isinstance(module, LoRALinear):
-                    module.lora_A.requires_grad_(True)
-                    module.lora_B.requires_grad_(True)
+            self.freeze_but_adapters()
 
     def reset_parameters(self) -> None:
         """Nothing of its own."""
@@ -129,53 +126,6 @@ class LlavaForConditionalGeneration(LanguageSide):
         """What an image takes in a text: 256 of ViT-L/14 at 224 pixels, 576 at 336."""
         positions: int = self.config.image_tokens
         return positions
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_counts: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        return_logits: bool | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        **language_model_options: Any,
-    ) -> GenerationOutput:
-        """Loss, and logits where they are wanted.
-
-        Args:
-            input_ids: int64 [B, T]; ``image_positions`` times the image token for each image.
-            pixel_values: [N, 3, S, S], images of all samples in the order of their places; None
-                without images.
-            image_counts: int [B], images of each sample, summing to N. None: as the ids say.
-            attention_mask: [B, T], 0 at pads, on either side; None: all attended.
-            labels: [B, T]; -100 is ignored.
-            return_logits: None: only without labels. With True the loss is computed from them.
-            num_items_in_batch: divides the sum of the labelled positions' losses; None: their
-                number in this batch.
-            language_model_options: for the language model.
-
-        Raises:
-            ValueError: sizes that do not fit; on a CPU also, naming the sample: places that are no
-                whole images, other numbers of places than images, labels on images, ids outside the
-                vocabulary. Elsewhere another number of places than the images need is a device-side
-                assertion.
-        """
-        features = self._features(input_ids, pixel_values, image_counts)
-        output = self.forward_language(
-            input_ids,
-            attention_mask,
-            labels,
-            features,
-            return_logits,
-            num_items_in_batch,
-            **language_model_options,
-        )
-        if output.loss is not None and not len(features):
-            # Of every trained parameter a sum over nothing: zero gradients where no image came.
-            unused = [p.flatten()[:0].sum() for p in self.parameters() if p.requires_grad]
-            output.loss = output.loss + sum(part.to(output.loss) for part in unused)
-        return output
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """[N, 3, S, S] to what the language model reads of each, [N, P, H]."""
@@ -206,74 +156,6 @@ class LlavaForConditionalGeneration(LanguageSide):
             raise ValueError(f"{self._name}.generate: input_ids must be given")
         features = self._features(input_ids, pixel_values, image_counts)
         return self.generate_text(input_ids, attention_mask, features, options)
-
-    def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
-        """Embeddings [B, T, H] of the ids, with the images' features [N, P, H] in their places."""
-        token: int = self.config.image_token_index
-        features = self.no_features() if features is None else features
-        table: Any = self.get_input_embeddings()
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            self.check_places(input_ids, len(features))
-            words = input_ids[input_ids != token]
-            if words.numel():
-                low, high = (int(bound) for bound in words.aminmax())
-                if low < 0 or high >= table.weight.shape[0]:
-                    raise ValueError(
-                        f"{self._name}: input_ids must lie in [0, {table.weight.shape[0]}) or be "
-                        f"the image token {token}, got {low} to {high}"
-                    )
-        elif input_ids.device.type == "cuda":
-            expected = len(features) * self.image_positions
-            torch._assert_async((input_ids == token).sum() == expected)
-        # The placeholder may lie outside the vocabulary: any other id serves, it is overwritten.
-        embeddings = table(input_ids.masked_fill(input_ids == token, 0))
-        return place_images(embeddings, input_ids, token, features.to(embeddings.dtype))
-
-    def check_places(
-        self, input_ids: Tensor, images: int, image_counts: Tensor | None = None
-    ) -> None:
-        """Raise ValueError, naming the sample, unless places and images fit; for ids on a CPU."""
-        each = self.image_positions
-        places = (input_ids == self.config.image_token_index).sum(1).tolist()
-        for i, found in enumerate(places):
-            if image_counts is not None and found != each * int(image_counts[i]):
-                raise ValueError(
-                    f"{self._name}: sample {i} has {found} image tokens in input_ids, its "
-                    f"{int(image_counts[i])} images become {each * int(image_counts[i])}"
-                )
-            if found % each:
-                raise ValueError(
-                    f"{self._name}: sample {i} has {found} image tokens in input_ids, expected a "
-                    f"multiple of {each}, the tokens of an image"
-                )
-        if sum(places) != each * images:
-            # Images belong to samples in order: the first sample that is not filled, or the last.
-            filled, sample = images, max(len(places) - 1, 0)
-            for i, found in enumerate(places):
-                filled -= found // each
-                if filled < 0:
-                    sample = i
-                    break
-            raise ValueError(
-                f"{self._name}: input_ids have places for {sum(places) // each} images, "
-                f"pixel_values has {images}: they do not fit from sample {sample} on"
-            )
-
-    def _features(
-        self, input_ids: Tensor | None, pixel_values: Tensor | None, image_counts: Tensor | None
-    ) -> Tensor:
-        """Features of the images; what can be wrong about them is said before they are computed."""
-        images = 0 if pixel_values is None else len(pixel_values)
-        if input_ids is not None:
-            if image_counts is not None and image_counts.shape != input_ids.shape[:1]:
-                raise ValueError(
-                    f"{self._name}: image_counts must be {list(input_ids.shape[:1])}, one a "
-                    f"sample, got {list(image_counts.shape)}"
-                )
-            if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-                self.check_text(input_ids, None)
-                self.check_places(input_ids, images, image_counts)
-        return self.no_features() if pixel_values is None else self.image_features(pixel_values)
 
     @torch.no_grad()
     def load_projector(self, source: State | str | Path) -> None:

@@ -123,8 +123,11 @@ def test_generation_goes_on_after_images() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda b: b["input_ids"][1, :3].fill_(5), "sample 1 is cut inside an image: it has 4"),
-        (lambda b: b["input_ids"][1, :PLACES].fill_(5), "sample 1 has places for 0 .*says 1"),
+        (
+            lambda b: b["input_ids"][1, :3].fill_(5),
+            f"sample 1 has 4 .*expected a multiple of {PLACES}: it is cut inside an image",
+        ),
+        (lambda b: b["input_ids"][1, :PLACES].fill_(5), "sample 1 has 0 .*its 1 images become"),
         (
             lambda b: b.update(pixel_values=b["pixel_values"][:2]),
             "for 3 images, pixel_values has 2",
